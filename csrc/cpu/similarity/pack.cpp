@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/similarity/pack.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <new>
+
+#include "check.hpp"
+
+namespace pyfeat {
+namespace {
+
+constexpr std::int64_t kSampledRows = 4096;
+constexpr std::int64_t kRowsPerTask = 1024;
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// Error of one packed score. Everything is in the frame's units; u = 2^-24, x and q are the exact
+// transformed row and query, x^ and q^ what is packed.
+//
+//   packing      each x^_d is x_d rounded once to float32 (its float64 value carries a relative
+//                2^-52, covered by the factor kSpare), so ||x - x^|| <= u ||x|| + sqrt(D) tiny, and
+//                the same for q; tiny = 2^-126 covers underflow, flushed or gradual.
+//   product      D multiply-adds in float32, fused or not, in any one order:
+//                |p - q^.x^| <= g ||q^|| ||x^|| + D tiny,  g = D u / (1 - D u).
+//   row term     h (half the squared norm, or -mean.x) rounded once: u |h| + tiny.
+//   score        fl(h - p): u (|h| + |p|), |p| <= (1 + g) ||q^|| ||x^||, at most 2u for D u < 1/2.
+//
+// With |q.x - q^.x^| <= ||q - q^|| ||x|| + ||q^|| ||x - x^||, the sum is
+//   ||q|| (||x - x^|| + (g + 2u) ||x||) + ||q - q^|| ||x|| + 2u |h| + (D + 2) tiny (1 + ||q||).
+// kSpare covers the rounding of these bounds themselves and ||q^|| <= (1 + u) ||q|| + tiny.
+constexpr double kUnit = 5.9604644775390625e-08;  // 2^-24
+constexpr double kTiny = 1.1754943508222875e-38;  // 2^-126
+constexpr double kSpare = 1.0 + 1.0 / (1L << 20);
+
+double packing_residual(double norm, std::int64_t dim) {
+    return (kUnit * norm + std::sqrt(static_cast<double>(dim)) * kTiny) * kSpare;
+}
+
+PanelBounds bounds_of_panel(double norm, double largest_row_term, std::int64_t dim) {
+    const double d = static_cast<double>(dim);
+    const double product_error = d * kUnit / (1.0 - d * kUnit);
+    PanelBounds bounds;
+    bounds.norm = norm * kSpare;
+    bounds.reach = (packing_residual(norm, dim) + (product_error + 2.0 * kUnit) * norm) * kSpare +
+                   (d + 2.0) * kTiny;
+    bounds.slack = 2.0 * kUnit * largest_row_term * kSpare + (d + 2.0) * kTiny;
+    return bounds;
+}
+
+// A row term that float32 cannot hold leaves the panel without a bound: all its rows stay in.
+constexpr double kLargestRowTerm = 1.0e30;
+
+std::int64_t count_panels(std::int64_t rows, int width) {
+    return (rows + width - 1) / width;
+}
+
+std::vector<double> sampled_mean(const Rows& memory, Metric metric, const Kernels& kernels) {
+    std::vector<double> mean(static_cast<std::size_t>(memory.dim), 0.0);
+    const std::int64_t sampled = std::min(memory.num_rows, kSampledRows);
+    for (std::int64_t i = 0; i < sampled; ++i) {
+        const float* row = memory.row(i * memory.num_rows / sampled);
+        const double scale = row_scale(row, memory.dim, metric, kernels);
+        for (std::int64_t d = 0; d < memory.dim; ++d) {
+            mean[static_cast<std::size_t>(d)] += static_cast<double>(row[d]) * scale;
+        }
+    }
+    for (double& value : mean) {
+        value /= static_cast<double>(sampled);
+    }
+    return mean;
+}
+
+}  // namespace
+
+AlignedFloats::AlignedFloats(std::size_t count)
+    : data_(static_cast<float*>(
+          ::operator new(std::max<std::size_t>(count, 1) * sizeof(float), std::align_val_t{64}))) {}
+
+void AlignedFloats::Free::operator()(float* p) const {
+    ::operator delete(p, std::align_val_t{64});
+}
+
+double row_scale(const float* row, std::int64_t dim, Metric metric, const Kernels& kernels) {
+    if (metric != Metric::kCosine) {
+        return 1.0;
+    }
+    const double norm = std::sqrt(kernels.squared_norm(row, dim));
+    return norm > 0.0 ? 1.0 / norm : 0.0;
+}
+
+void check_finite(const Rows& rows,
+                  const char* name,
+                  const Kernels& kernels,
+                  Execution& execution) {
+    const std::int64_t num_tasks = (rows.num_rows + kRowsPerTask - 1) / kRowsPerTask;
+    std::vector<std::int64_t> bad(static_cast<std::size_t>(num_tasks), -1);
+    execution.parallel_for(num_tasks, [&](std::int64_t task, int) {
+        const std::int64_t end = std::min(rows.num_rows, (task + 1) * kRowsPerTask);
+        for (std::int64_t i = task * kRowsPerTask; i < end; ++i) {
+            // One value that is not finite makes the norm so; finite ones cannot, as 2^128 squared
+            // is far inside float64.
+            if (!std::isfinite(kernels.squared_norm(rows.row(i), rows.dim))) {
+                bad[static_cast<std::size_t>(task)] = i;
+                return;
+            }
+        }
+    });
+    for (const std::int64_t row : bad) {
+        PYFEAT_CHECK(row < 0, name, " must be finite, got NaN or infinity in row ", row);
+    }
+}
+
+Frame choose_frame(const Rows& memory,
+                   Metric metric,
+                   const Kernels& kernels,
+                   Execution& execution) {
+    Frame frame{metric, sampled_mean(memory, metric, kernels)};
+    const std::int64_t num_tasks = (memory.num_rows + kRowsPerTask - 1) / kRowsPerTask;
+    std::vector<double> largest(static_cast<std::size_t>(num_tasks), 0.0);
+    execution.parallel_for(num_tasks, [&](std::int64_t task, int) {
+        const std::int64_t end = std::min(memory.num_rows, (task + 1) * kRowsPerTask);
+        double squared = 0.0;
+        for (std::int64_t i = task * kRowsPerTask; i < end; ++i) {
+            const float* row = memory.row(i);
+            const double scale = row_scale(row, memory.dim, metric, kernels);
+            squared = std::max(squared,
+                               kernels.squared_distance(frame.mean.data(), row, scale, memory.dim));
+        }
+        largest[static_cast<std::size_t>(task)] = squared;
+    });
+    const double norm = std::sqrt(*std::max_element(largest.begin(), largest.end()));
+    if (norm > 0.0) {
+        frame.scale = std::ldexp(1.0, -std::ilogb(norm));
+    }
+    return frame;
+}
+
+PackedRows pack_memory(const Rows& memory,
+                       std::int64_t first_row,
+                       std::int64_t num_rows,
+                       const Frame& frame,
+                       const Kernels& kernels,
+                       Execution& execution) {
+    const int width = kernels.tile_rows;
+    const std::int64_t dim = memory.dim;
+    const std::int64_t num_panels = count_panels(num_rows, width);
+    const auto slots = static_cast<std::size_t>(num_panels * width);
+    PackedRows packed{first_row,
+                      num_rows,
+                      num_panels,
+                      dim,
+                      width,
+                      AlignedFloats(slots * static_cast<std::size_t>(dim)),
+                      AlignedFloats(slots),
+                      std::vector<PanelBounds>(static_cast<std::size_t>(num_panels))};
+    const bool euclidean =
+        frame.metric == Metric::kEuclidean || frame.metric == Metric::kSquaredEuclidean;
+    execution.parallel_for(num_panels, [&](std::int64_t p, int) {
+        float* panel = packed.values.data() + p * dim * width;
+        float* row_terms = packed.row_terms.data() + p * width;
+        double largest_norm = 0.0, largest_term = 0.0;
+        for (int lane = 0; lane < width; ++lane) {
+            const std::int64_t local = p * width + lane;
+            if (local >= num_rows) {
+                for (std::int64_t d = 0; d < dim; ++d) {
+                    panel[d * width + lane] = 0.0F;
+                }
+                row_terms[lane] = std::numeric_limits<float>::quiet_NaN();
+                continue;
+            }
+            const float* row = memory.row(first_row + local);
+            double mean_product = 0.0;
+            const double squared_norm = kernels.pack_row(row,
+                                                         row_scale(row, dim, frame.metric, kernels),
+                                                         dim,
+                                                         frame.transform(),
+                                                         panel,
+                                                         width,
+                                                         lane,
+                                                         &mean_product);
+            // q.x = (q - mean).(x - mean) + mean.(x - mean) + q.mean, the last equal for all rows.
+            const double term = euclidean ? 0.5 * squared_norm : -mean_product;
+            const bool fits = std::abs(term) <= kLargestRowTerm;
+            row_terms[lane] = fits ? static_cast<float>(term) : 0.0F;
+            largest_norm = std::max(largest_norm, std::sqrt(squared_norm));
+            largest_term = std::max(
+                largest_term, fits ? std::abs(term) : std::numeric_limits<double>::infinity());
+        }
+        packed.bounds[static_cast<std::size_t>(p)] =
+            bounds_of_panel(largest_norm, largest_term, dim);
+    });
+    return packed;
+}
+
+PackedQueries pack_queries(const Rows& queries,
+                           std::int64_t first_query,
+                           std::int64_t num_queries,
+                           const Frame& frame,
+                           const Kernels& kernels,
+                           Execution& execution) {
+    const int width = kernels.tile_queries;
+    const std::int64_t dim = queries.dim;
+    const std::int64_t num_panels = count_panels(num_queries, width);
+    const auto slots = static_cast<std::size_t>(num_panels * width);
+    PackedQueries packed{num_queries,
+                         num_panels,
+                         dim,
+                         width,
+                         AlignedFloats(slots * static_cast<std::size_t>(dim)),
+                         std::vector<double>(slots, kNaN),
+                         std::vector<double>(slots, kNaN)};
+    execution.parallel_for(num_panels, [&](std::int64_t p, int) {
+        float* panel = packed.values.data() + p * dim * width;
+        for (int lane = 0; lane < width; ++lane) {
+            const std::int64_t local = p * width + lane;
+            if (local >= num_queries) {
+                for (std::int64_t d = 0; d < dim; ++d) {
+                    panel[d * width + lane] = 0.0F;
+                }
+                continue;
+            }
+            const float* row = queries.row(first_query + local);
+            double mean_product = 0.0;
+            const double norm =
+                std::sqrt(kernels.pack_row(row,
+                                           row_scale(row, dim, frame.metric, kernels),
+                                           dim,
+                                           frame.transform(),
+                                           panel,
+                                           width,
+                                           lane,
+                                           &mean_product));
+            const auto slot = static_cast<std::size_t>(local);
+            packed.norms[slot] = norm * kSpare + kTiny;
+            packed.residuals[slot] = packing_residual(norm, dim);
+        }
+    });
+    return packed;
+}
+
+}  // namespace pyfeat

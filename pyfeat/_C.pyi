@@ -1,0 +1,35 @@
+from enum import Enum
+
+__version__: str
+
+# A float32 matrix: address, rows, columns, row stride in elements.
+_Matrix = tuple[int, int, int, int]
+
+class Metric(Enum):
+    euclidean = ...
+    sqeuclidean = ...
+    cosine = ...
+    inner_product = ...
+
+def isas() -> list[str]: ...
+def check_finite(rows: _Matrix, name: str, num_threads: int) -> None: ...
+def knn_cpu(
+    queries: _Matrix,
+    memory: _Matrix,
+    k: int,
+    metric: Metric,
+    distances: int,
+    indices: int,
+    num_threads: int,
+    isa: str = "",
+) -> tuple[int, int]: ...
+def farthest_cpu(
+    rows: _Matrix,
+    squared_distances: int,
+    picks: int,
+    squared_radii: int,
+    num_picks: int,
+    stop_squared_radius: float,
+    num_threads: int,
+    isa: str = "",
+) -> tuple[int, int]: ...

@@ -1,0 +1,25 @@
+"""Feature matching that is exact, fast and installs everywhere.
+
+An import goes down this picture, never up::
+
+    pipelines   pyfeat.anomaly (fit, score, report)     pyfeat command line
+    objects     MemoryBank    PatchCore
+    ops         knn    greedy_coreset
+    engine      similarity: tiles of A B^T that are used and dropped, never stored
+    backends    cpu (C++: scalar, AVX2, AVX-512)        reference (plain PyTorch)
+"""
+
+from pyfeat._C import __version__
+from pyfeat._info import info
+from pyfeat.memory import MemoryBank
+from pyfeat.search import Coreset, Neighbours, greedy_coreset, knn
+
+__all__ = [
+    "Coreset",
+    "MemoryBank",
+    "Neighbours",
+    "__version__",
+    "greedy_coreset",
+    "info",
+    "knn",
+]

@@ -1,0 +1,44 @@
+"""What this machine has, and why the rest is missing."""
+
+from importlib.util import find_spec
+
+import torch
+
+from pyfeat import _C
+from pyfeat._backends import BACKENDS
+
+# Module that shows an extra to be installed, by extra.
+_EXTRAS = {
+    "bank": "safetensors",
+    "anomaly": "sklearn",
+    "demo": "elpv_dataset",
+    "hf": "transformers",
+    "timm": "timm",
+}
+
+
+def info() -> dict[str, object]:
+    """Versions, instruction sets, threads, backends and extras of this installation.
+
+    Returns:
+        ``version`` and ``torch``; ``instruction_sets``, slowest first, the last one is used;
+        ``threads``, as ``torch.get_num_threads()``; ``backends``; ``extras``, each "installed" or
+        the command that installs it.
+
+    Examples:
+        >>> info()["backends"]
+        ['cpu', 'reference']
+    """
+    return {
+        "version": _C.__version__,
+        "torch": torch.__version__,
+        "instruction_sets": _C.isas(),
+        "threads": torch.get_num_threads(),
+        "backends": list(BACKENDS),
+        "extras": {
+            extra: "installed"
+            if find_spec(module)
+            else f"missing: pip install 'pyfeat-kernels[{extra}]'"
+            for extra, module in _EXTRAS.items()
+        },
+    }

@@ -1,0 +1,135 @@
+"""Files and folders that are whole or absent: written aside, then renamed into place."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from pyfeat._extras import require
+
+PathLike = str | os.PathLike[str]
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to; rename it to ``path`` if the block succeeds."""
+    partial = _aside(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_replaceable(op: str, path: Path, *, marker: str, force: bool) -> None:
+    """Raise unless a folder may be written at ``path``.
+
+    A folder that exists is replaced only with ``force``, and only if it is empty or holds
+    ``marker``, the file that shows it to be one of ours.
+
+    Raises:
+        FileExistsError: If something is there that must not be replaced.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        message = f"{op}: output must be a folder, got the file {path}"
+        raise FileExistsError(message)
+    if not any(path.iterdir()):
+        return
+    if not force:
+        message = f"{op}: output must not exist unless force is given, got {path}"
+        raise FileExistsError(message)
+    if not (path / marker).is_file():
+        message = f"{op}: output must be a folder written by pyfeat (with {marker}), got {path}"
+        raise FileExistsError(message)
+
+
+@contextmanager
+def replaced_folder(op: str, path: Path, *, marker: str, force: bool) -> Iterator[Path]:
+    """Yield an empty folder to fill; it takes the place of ``path`` if the block succeeds.
+
+    Until then, and if the block fails, what is at ``path`` stays as it is.
+
+    Raises:
+        FileExistsError: As ``check_replaceable``.
+    """
+    check_replaceable(op, path, marker=marker, force=force)
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _aside(path)
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            old = _aside(path)
+            path.replace(old)
+            try:
+                partial.replace(path)
+            except OSError:
+                old.replace(path)
+                raise
+            shutil.rmtree(old)
+        else:
+            partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_tensors(
+    path: PathLike, tensors: Mapping[str, Tensor], *, kind: str, version: int, header: object
+) -> None:
+    """Write tensors and a JSON header to one safetensors file."""
+    safetensors = require("safetensors.torch", extra="bank", op=f"{kind}.save")
+    metadata = {"kind": kind, "version": str(version), "header": json.dumps(header)}
+    data = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with written_aside(Path(path)) as partial:
+        safetensors.save_file(data, partial, metadata=metadata)
+
+
+def load_tensors(
+    path: PathLike, *, kind: str, version: int
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Read what ``save_tensors`` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is cut off, of another kind, or of a newer version than ``version``.
+    """
+    op = f"{kind}.load"
+    path = Path(path)
+    if not path.is_file():
+        message = f"{op}: path must be an existing file, got {path}"
+        raise FileNotFoundError(message)
+    safetensors = require("safetensors", extra="bank", op=op)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        message = f"{op}: path must be a whole safetensors file, got {path} ({error})"
+        raise ValueError(message) from error
+    if metadata.get("kind") != kind:
+        message = f"{op}: path must hold a {kind}, got {path} with {metadata.get('kind')}"
+        raise ValueError(message)
+    check_version(op, path, metadata.get("version"), version)
+    return tensors, json.loads(metadata["header"])
+
+
+def check_version(op: str, path: Path, found: object, supported: int) -> None:
+    """Raise ValueError unless ``found`` is a format version that this release reads."""
+    if not str(found).isdigit() or int(str(found)) > supported:
+        message = (
+            f"{op}: path must have format version {supported} or older, got {path} with version "
+            f"{found}; a newer pyfeat wrote it"
+        )
+        raise ValueError(message)

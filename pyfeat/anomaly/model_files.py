@@ -1,0 +1,150 @@
+"""The folder of a saved PatchCore model: a manifest in JSON and the bank in safetensors."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pyfeat._storage import check_version
+from pyfeat.anomaly.metrics import Threshold
+from pyfeat.features import Backbone, load_backbone
+from pyfeat.memory import MemoryBank
+
+if TYPE_CHECKING:
+    from pyfeat.anomaly.patchcore import PatchCore
+
+FORMAT_VERSION = 1
+MANIFEST = "patchcore.json"
+_BANK = "bank.safetensors"
+
+# Constructor arguments of PatchCore that the manifest keeps as they are.
+_SETTINGS = (
+    "neighbourhood",
+    "coreset_ratio",
+    "candidates",
+    "scoring",
+    "false_alarm_rate",
+    "seed",
+)
+
+
+@dataclass
+class FitSummary:
+    """What a fit saw and left behind.
+
+    Attributes:
+        num_images: Images learned from.
+        num_patches: Patches they have.
+        num_rows: Patches kept in the bank.
+        radius: Largest distance of any candidate patch to its nearest row of the bank.
+        seconds: Wall time by stage.
+    """
+
+    num_images: int = 0
+    num_patches: int = 0
+    num_rows: int = 0
+    radius: float = 0.0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def write_files(model: "PatchCore", folder: Path) -> None:
+    """Write a fitted model into an existing folder."""
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "backbone": model.backbone.name,
+        "layers": list(model.backbone.layers),
+        "fingerprint": model.backbone.fingerprint(),
+        "image_size": list(model.image_size),
+        **{name: getattr(model, name) for name in _SETTINGS},
+        "grid": list(model.grid),
+        "threshold": dataclasses.asdict(model.threshold) if model.threshold else None,
+        "summary": dataclasses.asdict(model.summary),
+    }
+    model.bank.save(folder / _BANK)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_files(
+    factory: "type[PatchCore]",
+    folder: Path,
+    *,
+    backbone: nn.Module | Backbone | None,
+    batch_size: int,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    compile: bool,
+) -> "PatchCore":
+    """Read what ``write_files`` wrote; arguments and errors as ``PatchCore.load``."""
+    op = "PatchCore.load"
+    manifest = _read_manifest(op, folder)
+    try:
+        ready = _matching_backbone(op, manifest, backbone, device, dtype, compile)
+        model = factory(
+            ready,
+            image_size=tuple(manifest["image_size"]),
+            batch_size=batch_size,
+            **{name: manifest[name] for name in _SETTINGS},
+        )
+        model.grid = (manifest["grid"][0], manifest["grid"][1])
+        threshold = manifest["threshold"]
+        model.threshold = Threshold(**threshold) if threshold else None
+        model.summary = FitSummary(**manifest["summary"])
+    except (KeyError, TypeError, IndexError) as error:
+        message = f"{op}: path must hold a whole model, got {folder / MANIFEST} ({error!r})"
+        raise ValueError(message) from error
+    model.bank = MemoryBank.load(folder / _BANK)
+    if len(model.bank) != model.summary.num_rows:
+        message = (
+            f"{op}: path must hold a bank of {model.summary.num_rows} rows, got "
+            f"{len(model.bank)} in {folder / _BANK}"
+        )
+        raise ValueError(message)
+    return model
+
+
+def _matching_backbone(
+    op: str,
+    manifest: dict[str, Any],
+    backbone: nn.Module | Backbone | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    compile: bool,
+) -> Backbone:
+    name = str(manifest["backbone"])
+    if backbone is None and name.startswith("module:"):
+        message = f"{op}: backbone must be given for a model fitted with {name}, got None"
+        raise ValueError(message)
+    if isinstance(backbone, Backbone):
+        ready = backbone
+    else:
+        ready = load_backbone(
+            backbone or name, layers=manifest["layers"], device=device, dtype=dtype, compile=compile
+        )
+    if ready.fingerprint() != manifest["fingerprint"]:
+        message = (
+            f"{op}: backbone must have the weights that the model was fitted with, got another "
+            f"{ready.name}"
+        )
+        raise ValueError(message)
+    return ready
+
+
+def _read_manifest(op: str, folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        message = f"{op}: path must be the folder of a saved model (with {MANIFEST}), got {folder}"
+        raise FileNotFoundError(message)
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        message = f"{op}: path must hold a whole model, got {path} that is no JSON ({error})"
+        raise ValueError(message) from error
+    if not isinstance(manifest, dict):
+        message = f"{op}: path must hold a whole model, got {path} without fields"
+        raise ValueError(message)
+    check_version(op, path, manifest.get("format_version"), FORMAT_VERSION)
+    return manifest

@@ -1,0 +1,248 @@
+"""A memory of features that grows, shrinks, answers and is kept on disk."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyfeat._checks import as_tensor, check_choice, check_features, check_finite
+from pyfeat._storage import PathLike, load_tensors, save_tensors
+from pyfeat.search import METRICS, Coreset, Metric, Neighbours, greedy_coreset, knn
+
+FORMAT_VERSION = 1
+
+
+class MemoryBank:
+    """Rows of features with an id each, searched exactly.
+
+    Rows keep the order in which they were added, so that of two rows at equal distance the older
+    wins. An id is one integer or a fixed number of them, such as (image, y, x).
+
+    Args:
+        features: (N, D) float32 rows to begin with; they are copied.
+        metric: Distance of ``search``, as in ``pyfeat.knn``.
+        ids: (N,) or (N, c) int64; None numbers the rows in the order in which they are added.
+
+    Memory: the features, and room for up to as many again while the bank grows.
+
+    Examples:
+        >>> bank = MemoryBank(torch.eye(3), ids=torch.tensor([10, 11, 12]))
+        >>> bank.ids[bank.search(torch.tensor([[0.0, 0.9, 0.0]])).indices[:, 0]]
+        tensor([11])
+    """
+
+    def __init__(
+        self,
+        features: Tensor | NDArray[Any] | None = None,
+        *,
+        metric: Metric = "euclidean",
+        ids: Tensor | NDArray[Any] | None = None,
+    ) -> None:
+        check_choice("MemoryBank", "metric", metric, METRICS)
+        self.metric: Metric = metric
+        self._features = torch.empty((0, 0))  # [capacity, D]
+        self._ids = torch.empty((0,), dtype=torch.int64)  # [capacity] or [capacity, c]
+        self._size = 0
+        self._next_id = 0
+        if features is not None:
+            self.add(features, ids)
+        elif ids is not None:
+            message = f"MemoryBank: ids must be None without features, got {tuple(ids.shape)}"
+            raise ValueError(message)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __repr__(self) -> str:
+        return f"MemoryBank({len(self)} x {self.features.shape[1]}, metric={self.metric!r})"
+
+    @property
+    def features(self) -> Tensor:
+        """(N, D) float32, a view of the stored rows in the order of adding."""
+        return self._features[: self._size]
+
+    @property
+    def ids(self) -> Tensor:
+        """(N,) or (N, c) int64, one for each row of ``features``."""
+        return self._ids[: self._size]
+
+    def add(
+        self, features: Tensor | NDArray[Any], ids: Tensor | NDArray[Any] | None = None
+    ) -> None:
+        """Append rows.
+
+        Args:
+            features: (n, D) float32, finite.
+            ids: (n,) or (n, c) int64, of the shape of the bank's ids; None counts on from the
+                highest id given so far (single ids only).
+
+        Raises:
+            TypeError: If features are not float32 or ids not int64.
+            ValueError: If shapes disagree with the bank, or a feature is NaN or infinite.
+        """
+        op = "MemoryBank.add"
+        rows = as_tensor(op, "features", features).detach()
+        check_features(op, "features", rows, dim=self._features.shape[1] if len(self) else None)
+        check_finite(op, "features", rows)
+        row_ids = self._ids_for(op, rows.shape[0], ids)
+        if not len(self):
+            self._features = rows.new_empty((0, rows.shape[1]))
+            self._ids = row_ids.new_empty((0, *row_ids.shape[1:]))
+        end = self._size + rows.shape[0]
+        if end > self._features.shape[0]:
+            # Doubling makes the copies of a growing bank a constant cost for each row.
+            capacity = end if not len(self) else max(end, 2 * self._size)
+            self._features = _grown(self._features, self._size, capacity)
+            self._ids = _grown(self._ids, self._size, capacity)
+        self._features[self._size : end] = rows
+        self._ids[self._size : end] = row_ids
+        self._size = end
+        if row_ids.ndim == 1 and len(row_ids):
+            self._next_id = max(self._next_id, int(row_ids.max()) + 1)
+
+    def remove(self, ids: Tensor | NDArray[Any]) -> int:
+        """Drop every row that has one of ``ids``; the others keep their order.
+
+        Args:
+            ids: (n,) or (n, c) int64, as the bank's.
+
+        Returns:
+            How many rows were dropped.
+
+        Raises:
+            TypeError: If ids are not int64.
+            ValueError: If their shape does not fit the bank's.
+            KeyError: If an id is not in the bank; nothing is dropped then.
+        """
+        op = "MemoryBank.remove"
+        wanted = _as_ids(op, ids)
+        if wanted.ndim != self._ids.ndim or wanted.shape[1:] != self._ids.shape[1:]:
+            message = (
+                f"{op}: ids must have shape {_shape_like(self._ids)}, got {tuple(wanted.shape)}"
+            )
+            raise ValueError(message)
+        both = torch.cat([self.ids, wanted.to(self._ids.device)])
+        key = torch.unique(both, dim=0, return_inverse=True)[1]  # [N + n]
+        held, asked = key[: len(self)], key[len(self) :]
+        missing = ~torch.isin(asked, held)
+        if missing.any():
+            message = f"{op}: ids must be in the bank, got {wanted[missing.cpu()][0].tolist()}"
+            raise KeyError(message)
+        keep = ~torch.isin(held, asked)
+        removed = len(self) - int(keep.sum())
+        self._features, self._ids = self.features[keep], self.ids[keep]
+        self._size = self._features.shape[0]
+        return removed
+
+    def search(self, queries: Tensor, k: int = 1) -> Neighbours:
+        """The k nearest rows of every query: ``pyfeat.knn`` against the bank.
+
+        Args:
+            queries: (Q, D) float32.
+            k: 1 <= k <= len(bank).
+
+        Returns:
+            ``distances`` (Q, k) float32 and ``indices`` (Q, k) int64 into ``features`` and ``ids``.
+
+        Raises:
+            TypeError: If queries are not float32.
+            ValueError: As ``pyfeat.knn``.
+        """
+        return knn(queries, self.features, k, metric=self.metric)
+
+    def coreset(
+        self,
+        *,
+        ratio: float | None = None,
+        size: int | None = None,
+        radius: float | None = None,
+        start: int | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Coreset:
+        """Keep only a k-centre greedy coreset, in the order of picking.
+
+        Arguments and errors are those of ``pyfeat.greedy_coreset``; distances are euclidean whatever
+        the bank's metric.
+
+        Returns:
+            The rows kept, as indices into the bank before the call, and the covering radius.
+        """
+        coreset = greedy_coreset(
+            self.features,
+            ratio=ratio,
+            size=size,
+            radius=radius,
+            start=start,
+            seed=seed,
+            progress=progress,
+        )
+        self._features = self.features[coreset.indices]
+        self._ids = self.ids[coreset.indices]
+        self._size = self._features.shape[0]
+        return coreset
+
+    def save(self, path: PathLike) -> None:
+        """Write the bank to one safetensors file, aside first and then renamed.
+
+        Raises:
+            ImportError: If safetensors is not installed.
+        """
+        save_tensors(
+            path,
+            {"features": self.features, "ids": self.ids},
+            kind="MemoryBank",
+            version=FORMAT_VERSION,
+            header={"metric": self.metric, "next_id": self._next_id},
+        )
+
+    @classmethod
+    def load(cls, path: PathLike) -> "MemoryBank":
+        """Read a bank that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is cut off, is no memory bank, or was written by a newer version.
+            ImportError: If safetensors is not installed.
+        """
+        tensors, header = load_tensors(path, kind="MemoryBank", version=FORMAT_VERSION)
+        metric = header["metric"]
+        check_choice("MemoryBank.load", "metric", metric, METRICS)
+        bank = cls(tensors["features"], metric=metric, ids=tensors["ids"])  # type: ignore[arg-type]
+        bank._next_id = int(str(header["next_id"]))
+        return bank
+
+    def _ids_for(self, op: str, count: int, ids: Tensor | NDArray[Any] | None) -> Tensor:
+        if ids is None:
+            if self._ids.ndim != 1:
+                message = f"{op}: ids must have shape {_shape_like(self._ids)}, got None"
+                raise ValueError(message)
+            return torch.arange(self._next_id, self._next_id + count)
+        given = _as_ids(op, ids)
+        fits = given.ndim in (1, 2) and given.shape[0] == count
+        if len(self):
+            fits = fits and given.shape[1:] == self._ids.shape[1:]
+        if not fits:
+            like = _shape_like(self._ids, count) if len(self) else f"({count},) or ({count}, c)"
+            message = f"{op}: ids must have shape {like}, got {tuple(given.shape)}"
+            raise ValueError(message)
+        return given
+
+
+def _as_ids(op: str, ids: Tensor | NDArray[Any]) -> Tensor:
+    given = as_tensor(op, "ids", ids)
+    if given.dtype != torch.int64:
+        message = f"{op}: ids must be int64, got {str(given.dtype).removeprefix('torch.')}"
+        raise TypeError(message)
+    return given
+
+
+def _shape_like(ids: Tensor, count: int | str = "n") -> str:
+    return f"({count},)" if ids.ndim == 1 else f"({count}, {ids.shape[1]})"
+
+
+def _grown(tensor: Tensor, size: int, capacity: int) -> Tensor:
+    grown = tensor.new_empty((capacity, *tensor.shape[1:]))
+    grown[:size] = tensor[:size]
+    return grown

@@ -1,0 +1,62 @@
+"""Comparisons shared by the tests."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyfeat import reference
+
+# float64 sums of the same terms in another order differ by a few units in the last place.
+NEAR_TIE = 1e-13
+
+
+def assert_exact_neighbours(
+    distances: Tensor, indices: Tensor, queries: Tensor, memory: Tensor, k: int, metric: str
+) -> None:
+    """Fail unless the neighbours are those of float64 brute force, for every query.
+
+    Only rows whose float64 distances differ by rounding (NEAR_TIE, relative) may stand in for each
+    other; equal distances must come in row order.
+    """
+    assert distances.shape == indices.shape == (len(queries), k)
+    assert distances.dtype == torch.float32
+    assert indices.dtype == torch.int64
+    if len(queries) == 0:
+        return
+    exact = reference.pairwise_distances(queries, memory, metric)  # [Q, N]
+    descending = metric == "inner_product"
+    expected = exact.sort(dim=1, stable=True, descending=descending)
+    found = exact.gather(1, indices)  # [Q, k]; an index out of range raises
+    best = expected.values[:, :k]
+    scale = _scale(exact, queries, memory, metric)
+    wrong = (found - best).abs() > NEAR_TIE * scale
+    assert not wrong.any(), f"{int(wrong.sum())} neighbours are not the nearest"
+
+    # A row may differ from the expected one only where the expected order hangs on rounding.
+    swapped = indices != expected.indices[:, :k]
+    equal = found == best
+    assert not (swapped & equal & _is_exact_tie(expected.values, k)).any(), "a tie is out of order"
+    for row in indices:
+        assert len(set(row.tolist())) == k, "a neighbour appears twice"
+
+    rounded = best.float()
+    spacing = torch.from_numpy(np.spacing(rounded.abs().numpy())).double()
+    error = (distances.double() - best).abs()
+    assert (error <= 0.5001 * spacing + NEAR_TIE * scale).all(), f"distance off by {error.max()}"
+
+
+def _is_exact_tie(ordered: Tensor, k: int) -> Tensor:
+    """(Q, k): whether a position ties bit for bit with a neighbour, and with nothing else nearly."""
+    gaps = ordered.diff(dim=1)  # [Q, N - 1]
+    pad = torch.full((len(ordered), 1), float("nan"), dtype=ordered.dtype)
+    before, after = torch.cat([pad, gaps], 1), torch.cat([gaps, pad], 1)
+    return ((before == 0) | (after == 0))[:, :k]
+
+
+def _scale(exact: Tensor, queries: Tensor, memory: Tensor, metric: str) -> Tensor:
+    """What rounding in a float64 sum is relative to: the sum of the absolute terms."""
+    if metric == "inner_product":
+        return queries.double().norm(dim=1, keepdim=True) * memory.double().norm(dim=1).max()
+    if metric == "cosine":
+        return torch.ones(len(exact), 1, dtype=torch.float64)
+    return exact.max(dim=1, keepdim=True).values

@@ -1,0 +1,380 @@
+"""Nearest neighbours and the coreset against the float64 reference."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import pyfeat
+from pyfeat import _C, reference
+from pyfeat._checks import as_matrix
+from pyfeat.search import METRICS, Metric
+from tests.support import assert_exact_neighbours
+
+SIZES = (1, 31, 33, 257)
+SHAPES = list(itertools.product(SIZES, SIZES, SIZES))
+
+
+def _ks(num_rows: int) -> list[int]:
+    return sorted({1, min(9, num_rows), num_rows})
+
+
+def _data(kind: str, num_queries: int, num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    queries, memory = torch.randn(num_queries, dim), torch.randn(num_rows, dim)
+    if kind == "shifted":
+        return queries + 1e6, memory + 1e6
+    if kind == "duplicated":
+        memory = memory[torch.arange(num_rows) // 2]
+        return memory[torch.arange(num_queries) % num_rows], memory
+    if kind == "strided":
+        wide = torch.randn(num_rows, 2 * dim + 3)
+        return torch.randn(dim, num_queries).T, wide[:, 1 : 2 * dim + 1 : 2]
+    return queries, memory
+
+
+@pytest.mark.parametrize("kind", ["plain", "shifted", "duplicated", "strided"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_neighbours_equal_float64_brute_force(kind: str, shape: tuple[int, int, int]) -> None:
+    queries, memory = _data(kind, *shape)
+    for k in _ks(shape[1]):
+        found = pyfeat.knn(queries, memory, k)
+        assert_exact_neighbours(*found, queries, memory, k, "euclidean")
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["plain", "shifted", "duplicated"])
+def test_every_instruction_set_and_metric_is_exact(isa: str, metric: Metric, kind: str) -> None:
+    queries, memory = _data(kind, 67, 1301, 45)
+    for k in (1, 7, 100):
+        distances, indices, _ = _knn(queries, memory, k, metric, isa=isa)
+        assert_exact_neighbours(distances, indices, queries, memory, k, metric)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(4096, 4096, 33), (257, 4096, 4096), (4096, 257, 257)])
+@pytest.mark.parametrize("kind", ["plain", "shifted"])
+def test_large_sizes_equal_float64_brute_force(kind: str, shape: tuple[int, int, int]) -> None:
+    queries, memory = _data(kind, *shape)
+    found = pyfeat.knn(queries, memory, 3)
+    some = torch.randperm(shape[0])[:300]
+    assert_exact_neighbours(
+        found.distances[some], found.indices[some], queries[some], memory, 3, "euclidean"
+    )
+
+
+@given(
+    num_queries=st.integers(0, 40),
+    num_rows=st.integers(1, 90),
+    dim=st.integers(0, 40),
+    levels=st.sampled_from([0, 2, 5]),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e15]),
+    shift=st.sampled_from([0.0, 1e4]),
+    metric=st.sampled_from(METRICS),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_sizes_ties_and_scales_are_exact(
+    num_queries: int,
+    num_rows: int,
+    dim: int,
+    levels: int,
+    scale: float,
+    shift: float,
+    metric: Metric,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num_queries + num_rows, dim, generator=generator)
+    if levels:  # few distinct values: many exact ties
+        features = (features * levels / 2).round()
+    features = (features + shift) * scale
+    queries, memory = features[:num_queries], features[num_queries:]
+    k = 1 + seed % num_rows
+    found = pyfeat.knn(queries, memory, k, metric=metric)
+    assert torch.isfinite(found.distances).all() or scale > 1e10
+    if metric in ("euclidean", "cosine"):
+        assert_exact_neighbours(*found, queries, memory, k, metric)
+    else:
+        expected = reference.knn(queries, memory, k, metric)
+        assert torch.allclose(found.distances, expected[0], rtol=1e-6, atol=0.0, equal_nan=False)
+
+
+@pytest.mark.parametrize("outlier", [1e18, 1e-18])
+def test_rows_of_very_different_size_are_exact(outlier: float) -> None:
+    queries, memory = torch.randn(50, 24), torch.randn(600, 24)
+    memory[::7] *= outlier
+    queries[::5] *= outlier
+    for metric in METRICS:
+        found = pyfeat.knn(queries, memory, 5, metric=metric)
+        if metric in ("euclidean", "cosine"):
+            assert_exact_neighbours(*found, queries, memory, 5, metric)
+
+
+def test_subnormal_features_are_exact_when_torch_flushes_them() -> None:
+    queries, memory = torch.randn(20, 16) * 1e-40, torch.randn(300, 16) * 1e-40
+    expected = reference.knn(queries, memory, 2, "euclidean")[1]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        found = pyfeat.knn(queries, memory, 2).indices
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, expected)
+
+
+def test_rows_one_unit_apart_are_told_apart() -> None:
+    row = torch.rand(384) + 1
+    memory = row.repeat(512, 1)
+    for i in range(512):
+        memory[i, i % 384] += (i % 5 + 1) * torch.finfo(torch.float32).eps
+    queries = memory[::3].clone()
+    found = pyfeat.knn(queries, memory, 4)
+    assert_exact_neighbours(*found, queries, memory, 4, "euclidean")
+
+
+def test_a_query_finds_itself_at_distance_zero() -> None:
+    memory = torch.randn(2000, 100) + 1e5
+    found = pyfeat.knn(memory, memory)
+    assert torch.equal(found.indices[:, 0], torch.arange(2000))
+    assert (found.distances == 0).all()
+
+
+def test_constant_memory_returns_the_first_rows_in_order() -> None:
+    memory = torch.full((3000, 12), 7.25)
+    distances, indices, counters = _knn(torch.randn(30, 12), memory, 5, "euclidean")
+    assert torch.equal(indices, torch.arange(5).expand(30, 5))
+    assert counters[1] == 30  # every shortlist overflows, and the answer stays right
+    assert torch.isfinite(distances).all()
+
+
+def test_shortlists_stay_short_on_gaussian_data() -> None:
+    queries, memory = torch.randn(500, 152), torch.randn(20_000, 152)
+    _, _, (reranked, exhaustive) = _knn(queries, memory, 9, "euclidean")
+    assert exhaustive == 0
+    assert reranked < 1.2 * 9 * 500
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (0, 1, 0), (4, 5, 0)])
+def test_empty_inputs_have_answers(shape: tuple[int, int, int]) -> None:
+    queries, memory = _data("plain", *shape)
+    found = pyfeat.knn(queries, memory, 1)
+    assert found.distances.shape == found.indices.shape == (shape[0], 1)
+    assert (found.distances == 0).all()
+    assert (found.indices == 0).all()
+
+
+def test_thread_count_does_not_change_the_answer() -> None:
+    queries, memory = torch.randn(300, 40), torch.randn(5000, 40)
+    one = _knn(queries, memory, 5, "euclidean", threads=1)
+    for threads in (2, 3, 8):
+        other = _knn(queries, memory, 5, "euclidean", threads=threads)
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def test_batch_size_does_not_change_the_answer() -> None:
+    queries, memory = torch.randn(257, 40) + 100, torch.randn(5000, 40) + 100
+    whole = pyfeat.knn(queries, memory, 5)
+    for size in (1, 13, 100):
+        parts = [pyfeat.knn(chunk, memory, 5) for chunk in queries.split(size)]  # type: ignore[no-untyped-call]
+        assert torch.equal(torch.cat([p.distances for p in parts]), whole.distances)
+        assert torch.equal(torch.cat([p.indices for p in parts]), whole.indices)
+
+
+def test_instruction_sets_agree_bit_for_bit() -> None:
+    queries, memory = torch.randn(100, 77), torch.randn(3000, 77)
+    results = [_knn(queries, memory, 6, "cosine", isa=isa) for isa in _C.isas()]
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0])
+        assert torch.equal(results[0][1], other[1])
+
+
+def test_the_shift_of_the_data_does_not_change_the_answer() -> None:
+    # Multiples of 1/8 stay exact in float32 after a shift by 1e5.
+    queries, memory = (torch.randn(64, 30) * 8).round() / 8, (torch.randn(900, 30) * 8).round() / 8
+    plain, moved = pyfeat.knn(queries, memory, 4), pyfeat.knn(queries + 1e5, memory + 1e5, 4)
+    assert torch.equal(plain.indices, moved.indices)
+    assert torch.equal(plain.distances, moved.distances)
+
+
+def test_memory_larger_than_one_packed_chunk_is_exact() -> None:
+    memory = torch.randn(120_000, 300)  # 144 MB: more than the packed workspace holds
+    queries = memory[::9000] + 0.01
+    found = pyfeat.knn(queries, memory, 2)
+    assert_exact_neighbours(*found, queries, memory, 2, "euclidean")
+
+
+def test_numpy_arrays_give_numpy_arrays() -> None:
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((9, 6)).astype(np.float32)
+    memory = rng.standard_normal((50, 6)).astype(np.float32)
+    memory.flags.writeable = False
+    found = pyfeat.knn(queries[::-1], memory, 3)
+    assert isinstance(found.distances, np.ndarray)
+    assert isinstance(found.indices, np.ndarray)
+    expected = pyfeat.knn(torch.from_numpy(queries).flip(0), torch.tensor(memory), 3)
+    assert np.array_equal(found.indices, expected.indices.numpy())
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (TypeError, r"knn: queries must be float32, got int64", lambda q, x: (q.long(), x)),
+        (TypeError, r"knn: memory must be float32, got float64", lambda q, x: (q, x.double())),
+        (TypeError, r"knn: queries and memory must both be", lambda q, x: (q.numpy(), x)),
+        (TypeError, r"knn: queries must be a tensor .*, got list", lambda q, x: (q.tolist(), x)),
+        (ValueError, r"knn: memory must have shape \(N, 4\), got \(3, 5\)", lambda q, x: (q, torch.zeros(3, 5))),
+        (ValueError, r"knn: queries must have shape \(Q, D\), got \(4,\)", lambda q, x: (q[0], x)),
+        (ValueError, r"knn: k must be in \[1, N = 6\], got 0", lambda q, x: (q, x, 0)),
+        (ValueError, r"knn: k must be in \[1, N = 6\], got 7", lambda q, x: (q, x, 7)),
+        (ValueError, r"knn: k must be in \[1, N = 0\], got 1", lambda q, x: (q, x[:0])),
+        (TypeError, r"knn: k must be an integer, got 1.0", lambda q, x: (q, x, 1.0)),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(
+    error: type[Exception], match: str, call: Callable[[Tensor, Tensor], tuple[object, ...]]
+) -> None:
+    with pytest.raises(error, match=match):
+        pyfeat.knn(*call(torch.randn(2, 4), torch.randn(6, 4)))  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["queries", "memory"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_features_that_are_not_finite_are_refused(bad: float, name: str, backend: str) -> None:
+    inputs = {"queries": torch.randn(40, 20), "memory": torch.randn(50, 20)}
+    inputs[name][33, 7] = bad
+    with pytest.raises(ValueError, match=rf"knn: {name} must be finite, .* in row 33"):
+        pyfeat.knn(**inputs, backend=backend)  # type: ignore[arg-type]
+
+
+def test_an_unknown_metric_or_backend_is_refused() -> None:
+    x = torch.randn(3, 2)
+    with pytest.raises(ValueError, match="knn: metric must be one of 'euclidean'.*, got 'l2'"):
+        pyfeat.knn(x, x, metric="l2")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="knn: backend must be one of .*, got 'gpu'"):
+        pyfeat.knn(x, x, backend="gpu")  # type: ignore[call-overload]
+
+
+def test_an_explicit_backend_never_falls_back() -> None:
+    x = torch.empty(3, 2, device="meta")
+    with pytest.raises(NotImplementedError, match="knn: backend 'cpu' does not support .* on meta"):
+        pyfeat.knn(x, x, backend="cpu")
+
+
+def test_gradients_do_not_flow_in_silence() -> None:
+    x = torch.randn(3, 2, requires_grad=True)
+    assert not pyfeat.knn(x, x).distances.requires_grad
+
+
+def test_torch_sees_a_well_formed_operator() -> None:
+    queries, memory = torch.randn(7, 20), torch.randn(30, 20)
+    torch.library.opcheck(torch.ops.pyfeat.knn.default, (queries, memory, 3, "euclidean"))
+
+
+def test_torch_compiles_it_in_one_graph() -> None:
+    queries, memory = torch.randn(7, 20), torch.randn(30, 20)
+
+    def doubled(q: Tensor, x: Tensor) -> Tensor:
+        return pyfeat.knn(q, x, 3).distances * 2
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(queries, memory), doubled(queries, memory))
+
+
+@pytest.mark.parametrize("kind", ["plain", "shifted", "duplicated"])
+def test_coreset_picks_equal_the_reference(kind: str) -> None:
+    for num_rows, dim in [(1, 3), (33, 1), (257, 31), (3000, 40)]:
+        features = _data(kind, 1, num_rows, dim)[1]
+        size = min(num_rows, 60)
+        found = pyfeat.greedy_coreset(features, size=size, start=num_rows // 2)
+        picks, radius = reference.greedy_coreset(features, start=num_rows // 2, size=size)
+        assert torch.equal(found.indices, picks)
+        assert found.radius == radius
+
+
+def test_coreset_radius_covers_every_row() -> None:
+    features = torch.randn(2000, 8)
+    found = pyfeat.greedy_coreset(features, radius=2.5, seed=3)
+    distances = pyfeat.knn(features, features[found.indices]).distances
+    assert found.radius <= 2.5
+    assert float(distances.max()) == pytest.approx(found.radius, rel=1e-6)
+    one_less = pyfeat.greedy_coreset(features, size=len(found.indices) - 1, seed=3)
+    assert one_less.radius > 2.5
+
+
+def test_coreset_of_equal_rows_picks_each_once() -> None:
+    found = pyfeat.greedy_coreset(torch.ones(50, 4), size=50, start=20)
+    assert sorted(found.indices.tolist()) == list(range(50))
+    assert found.radius == 0.0
+
+
+def test_coreset_is_the_same_for_a_seed_and_any_thread_count() -> None:
+    features = torch.randn(9000, 12)
+    first = pyfeat.greedy_coreset(features, ratio=0.01, seed=5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        again = pyfeat.greedy_coreset(features, ratio=0.01, seed=5)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(first.indices, again.indices)
+    assert len(first.indices) == 90
+    other = pyfeat.greedy_coreset(features, ratio=0.01, seed=6)
+    assert other.indices[0] != first.indices[0]
+
+
+@pytest.mark.parametrize(
+    ("match", "arguments"),
+    [
+        (r"exactly one of size, ratio and radius must be given", {}),
+        (r"exactly one of size, ratio and radius", {"size": 3, "ratio": 0.5}),
+        (r"size must be in \[1, N = 10\], got 0", {"size": 0}),
+        (r"size must be in \[1, N = 10\], got 11", {"size": 11}),
+        (r"ratio must be in \(0, 1\], got 0.0", {"ratio": 0.0}),
+        (r"radius must be finite and at least 0, got nan", {"radius": float("nan")}),
+        (r"start must be in \[0, 10\), got 10", {"size": 2, "start": 10}),
+    ],
+)
+def test_bad_coreset_arguments_are_named(match: str, arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="greedy_coreset: " + match):
+        pyfeat.greedy_coreset(torch.randn(10, 2), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_coreset_of_nothing_or_of_nan_is_refused() -> None:
+    with pytest.raises(ValueError, match="features must have at least one row"):
+        pyfeat.greedy_coreset(torch.empty(0, 3), size=1)
+    with pytest.raises(ValueError, match="greedy_coreset: features must be finite.*row 1"):
+        pyfeat.greedy_coreset(torch.tensor([[0.0], [float("nan")]]), size=1)
+
+
+def _knn(
+    queries: Tensor,
+    memory: Tensor,
+    k: int,
+    metric: Metric,
+    *,
+    isa: str = "",
+    threads: int = 2,
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """The kernel with a chosen instruction set and thread count."""
+    queries, memory = queries.contiguous(), memory.contiguous()
+    distances = torch.full((len(queries), k), float("nan"))
+    indices = torch.full((len(queries), k), -1)
+    counters = _C.knn_cpu(
+        as_matrix(queries),
+        as_matrix(memory),
+        k,
+        getattr(_C.Metric, metric),
+        distances.data_ptr(),
+        indices.data_ptr(),
+        threads,
+        isa,
+    )
+    return distances, indices, counters
