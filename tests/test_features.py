@@ -26,10 +26,7 @@ def smooth_images(batch: int, height: int, width: int) -> Tensor:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-# --- efficientnet_lite0 ---------------------------------------------------------------------------
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +70,7 @@ def test_lite0_takes_any_size_from_its_stride_up(
 
 
 def test_lite0_refuses_images_below_its_stride(lite0: Backbone) -> None:
-    with pytest.raises(ValueError, match="images must be at least 16 pixels .*, got 15 x 40"):
+    with pytest.raises(ValueError, match=r"images must be at least 16 pixels .*, got 15 x 40"):
         lite0(torch.rand(1, 3, 15, 40))
     shallow = load_backbone("efficientnet_lite0", layers=["_blocks.0"], dtype=torch.float32)
     assert shallow(torch.rand(1, 3, 2, 2))[0].shape == (1, 16, 1, 1)
@@ -111,8 +108,8 @@ def test_maps_can_be_changed_and_trained_on(lite0: Backbone) -> None:
     features = lite0(torch.rand(1, 3, 32, 32))[0]
     features += 1
     weight = torch.ones(40, requires_grad=True)
-    (features.mean(dim=(2, 3)) @ weight).sum().backward()
-    assert weight.grad is not None
+    (gradient,) = torch.autograd.grad((features.mean(dim=(2, 3)) @ weight).sum(), [weight])
+    torch.testing.assert_close(gradient, features.mean(dim=(0, 2, 3)))
     assert not features.requires_grad
 
 
@@ -121,16 +118,13 @@ def test_maps_of_an_image_do_not_depend_on_its_batch(lite0: Backbone) -> None:
     together = lite0(images)
     alone = lite0(images[1:2])
     for one, many in zip(alone, together, strict=True):
-        torch.testing.assert_close(one[0], many[1])
+        assert relative_error(one[0], many[1]) < 1e-5
 
 
 def test_the_fingerprint_is_that_of_the_weights_before_casting(lite0: Backbone) -> None:
     half = load_backbone("efficientnet_lite0", dtype=torch.bfloat16, layers=["_blocks.2"])
     assert half.fingerprint() == lite0.fingerprint()
     assert len(lite0.fingerprint()) == 64
-
-
-# --- what every backbone refuses ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,8 +191,8 @@ def test_a_missing_package_names_the_extra_that_has_it(
 
 def test_a_backbone_passes_through_and_takes_no_options() -> None:
     class Constant:
-        name = "constant"
-        layers = ("only",)
+        name: str = "constant"
+        layers: tuple[str, ...] = ("only",)
 
         def __call__(self, images: Tensor) -> list[Tensor]:
             return [images[:, :1]]
@@ -206,14 +200,11 @@ def test_a_backbone_passes_through_and_takes_no_options() -> None:
         def fingerprint(self) -> str:
             return "0"
 
-    backbone = Constant()
+    backbone: Backbone = Constant()
     assert load_backbone(backbone) is backbone
     assert load_backbone(backbone, layers=["only"]) is backbone
     with pytest.raises(ValueError, match="must be left out for a Backbone"):
         load_backbone(backbone, dtype=torch.float32)
-
-
-# --- modules --------------------------------------------------------------------------------------
 
 
 class SmallNet(nn.Module):
@@ -289,12 +280,12 @@ def test_the_fingerprint_changes_with_one_weight() -> None:
         network.body.weight[0, 0, 0, 0] += 1e-3
     changed = backbone.fingerprint()
     assert changed != before
-    network.stem[1].num_batches_tracked += 1
+    network.stem.get_buffer("1.num_batches_tracked").add_(1)
     assert backbone.fingerprint() != changed
 
 
 def test_a_module_needs_layers() -> None:
-    with pytest.raises(ValueError, match="layers must name submodules .* got None"):
+    with pytest.raises(ValueError, match=r"layers must name submodules .* got None"):
         load_backbone(SmallNet())
 
 
@@ -347,6 +338,7 @@ def test_ambiguous_tokens_are_refused(patch: int, prefix: int, candidates: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_a_compiled_module_gives_the_same_maps() -> None:
     network = SmallNet()
     images = torch.rand(2, 3, 16, 24)
@@ -357,9 +349,6 @@ def test_a_compiled_module_gives_the_same_maps() -> None:
         torch.testing.assert_close(found, expected)
     assert compiled.fingerprint() == eager.fingerprint()
     assert not any(module._forward_hooks for module in network.modules())
-
-
-# --- timm -----------------------------------------------------------------------------------------
 
 
 class FakeFeatures(nn.Module):
@@ -439,7 +428,7 @@ def test_timm_maps_come_in_the_order_asked_and_channels_first(
     maps = backbone(torch.rand(2, 3, 32, 64))
     assert [call["out_indices"] for call in calls] == [(1, 3)]
     assert [tuple(m.shape) for m in maps] == [(2, 5, 2, 4), (2, 5, 8, 16)]
-    assert [m.unique().tolist() for m in maps] == [[3], [1]]
+    assert all(bool((m == layer).all()) for m, layer in zip(maps, (3, 1), strict=True))
 
 
 def test_timm_images_are_normalised_as_the_model_was_trained(
@@ -460,8 +449,6 @@ def test_timm_errors_are_repeated_with_the_name(
     with pytest.raises(ValueError, match=f"spec and layers must be .*got 'timm:{name}'"):
         load_backbone(f"timm:{name}", layers=layers)
 
-
-# --- transformers ---------------------------------------------------------------------------------
 
 TOKENS = {
     "hidden_size": 32,
@@ -596,7 +583,7 @@ def test_a_checkpoint_that_leaves_weights_to_chance_is_refused(
 ) -> None:
     model = tiny_resnet(transformers)
     model.encoder.stages[0].layers[0].layer[0].convolution = nn.Identity()
-    with pytest.raises(ValueError, match="all weights of ResNetBackbone, got .* without encoder"):
+    with pytest.raises(ValueError, match=r"all weights of ResNetBackbone, got .* without encoder"):
         load_backbone(save(model, tmp_path))
 
 
@@ -631,7 +618,7 @@ def test_a_missing_stage_is_answered_with_the_closest_names(
 
 
 def test_a_folder_without_a_model_is_an_os_error(transformers: Any, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="spec must name a transformers model .*got 'hf:.*nowhere'"):
+    with pytest.raises(OSError, match=r"spec must name a transformers model .*got 'hf:.*nowhere'"):
         load_backbone(f"hf:{tmp_path / 'nowhere'}")
 
 
