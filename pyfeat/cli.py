@@ -1,0 +1,190 @@
+"""The command line: ``pyfeat demo``, ``fit``, ``score`` and ``info``."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyfeat import _C
+from pyfeat._info import info as installation
+from pyfeat._storage import check_replaceable
+from pyfeat.anomaly.images import SkippedImage
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Feature matching that is exact, fast and installs everywhere.",
+)
+
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Fail on a file that cannot be read instead of skipping it."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
+
+
+class Cells(str, Enum):
+    """Types of solar cell."""
+
+    mono = "mono"
+    poly = "poly"
+    all = "all"
+
+
+class ScoringChoice(str, Enum):
+    """Published definitions of the scores."""
+
+    paper = "paper"
+    official = "official"
+    anomalib = "anomalib"
+    m3dm = "m3dm"
+    anomalydino = "anomalydino"
+
+
+@app.command()
+def demo(
+    cells: Annotated[Cells, typer.Option(help="Type of solar cell.")] = Cells.mono,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo"),
+    force: Force = False,
+) -> None:
+    """Learn from good solar cells, rank unseen ones, write a page with heat maps."""
+    with _plain_errors():
+        from pyfeat.anomaly.demo import run_demo
+
+        metrics = run_demo(cells.value, out, force=force)
+        _say(
+            f"{cells.value} cells: image AUROC {metrics['image_auroc']:.3f}, "
+            f"average precision {metrics['average_precision']:.3f}, "
+            f"{metrics['num_train']} images learned, {metrics['num_test']} ranked\n"
+            f"open {out / 'index.html'}"
+        )
+
+
+@app.command()
+def fit(
+    images: Annotated[Path, typer.Argument(help="Folder of normal images, or one image.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the model to write.")],
+    backbone: Annotated[
+        str, typer.Option(help="efficientnet_lite0, timm:NAME or hf:FOLDER_OR_NAME.")
+    ] = "efficientnet_lite0",
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Stage to take features from; repeat for several.")
+    ] = None,
+    image_size: Annotated[
+        tuple[int, int], typer.Option(help="Height and width in pixels of the model's input.")
+    ] = (224, 224),
+    coreset_ratio: Annotated[
+        float, typer.Option(help="Fraction of the candidate patches to keep.")
+    ] = 0.1,
+    candidates: Annotated[
+        int, typer.Option(help="Patches among which the coreset is chosen.")
+    ] = 100_000,
+    scoring: Annotated[
+        ScoringChoice, typer.Option(help="Published definition of the scores.")
+    ] = ScoringChoice.paper,
+    false_alarm_rate: Annotated[
+        float, typer.Option(help="Of the threshold, for unseen normal images.")
+    ] = 0.05,
+    batch_size: Annotated[int, typer.Option(help="Images per pass through the backbone.")] = 16,
+    device: Annotated[str, typer.Option(help="Device of the backbone.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal models.")] = 0,
+    strict: Strict = False,
+    force: Force = False,
+) -> None:
+    """Learn what is normal from a folder of images."""
+    with _plain_errors():
+        from pyfeat.anomaly import PatchCore
+        from pyfeat.anomaly.model_files import MANIFEST
+
+        check_replaceable("pyfeat fit", out, marker=MANIFEST, force=force)
+        model = PatchCore(
+            backbone,
+            layers=layer or None,
+            image_size=image_size,
+            coreset_ratio=coreset_ratio,
+            candidates=candidates,
+            scoring=scoring.value,
+            false_alarm_rate=false_alarm_rate,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+        ).fit(images, strict=strict, progress=True)
+        model.save(out, force=force)
+        _say_skipped(model.skipped)
+        summary = model.summary
+        _say(
+            f"learned {summary.num_images} images: {summary.num_rows} of {summary.num_patches} "
+            f"patches kept\nwrote {out}"
+        )
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Argument(help="Folder that 'pyfeat fit' wrote.")],
+    images: Annotated[Path, typer.Argument(help="Folder of images, or one image.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report to write.")],
+    batch_size: Annotated[int, typer.Option(help="Images per pass through the backbone.")] = 16,
+    device: Annotated[str, typer.Option(help="Device of the backbone.")] = "cpu",
+    strict: Strict = False,
+    force: Force = False,
+) -> None:
+    """Rank images by how anomalous they are: a page with heat maps, and a CSV."""
+    with _plain_errors():
+        from pyfeat.anomaly import PatchCore
+        from pyfeat.anomaly.evaluation import RANKING, write_ranking
+
+        check_replaceable("pyfeat score", out, marker=RANKING, force=force)
+        loaded = PatchCore.load(model, batch_size=batch_size, device=device)
+        count = write_ranking(loaded, images, out, strict=strict, force=force)
+        _say_skipped(loaded.skipped)
+        _say(f"ranked {count} images\nopen {out / 'index.html'}")
+
+
+@app.command()
+def info() -> None:
+    """Say what this installation has, and why the rest is missing."""
+    _say(json.dumps(installation(), indent=2))
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        _say(_C.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Say what is wrong in a line instead of a traceback; Ctrl-C ends quietly."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def _say_skipped(skipped: Sequence[SkippedImage]) -> None:
+    if skipped:
+        typer.echo(f"skipped {len(skipped)} files:", err=True)
+    for image in skipped[:10]:
+        typer.echo(f"  {image.name}: {image.reason}", err=True)
