@@ -33,7 +33,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 def check_replaceable(op: str, path: Path, *, marker: str, force: bool) -> None:
     """Raise unless a folder may be written at ``path``.
 
-    A folder that exists is replaced only with ``force``, and only if it is empty or holds
+    A folder that exists and is not empty is replaced only with ``force``, and only if it holds
     ``marker``, the file that shows it to be one of ours.
 
     Raises:
@@ -43,6 +43,10 @@ def check_replaceable(op: str, path: Path, *, marker: str, force: bool) -> None:
         return
     if not path.is_dir():
         message = f"{op}: output must be a folder, got the file {path}"
+        raise FileExistsError(message)
+    # The process, and the shell it was called from, would go on in a deleted folder.
+    if Path.cwd().is_relative_to(path.resolve()):
+        message = f"{op}: output must not be the current folder or hold it, got {path}"
         raise FileExistsError(message)
     if not any(path.iterdir()):
         return
@@ -58,42 +62,55 @@ def check_replaceable(op: str, path: Path, *, marker: str, force: bool) -> None:
 def replaced_folder(op: str, path: Path, *, marker: str, force: bool) -> Iterator[Path]:
     """Yield an empty folder to fill; it takes the place of ``path`` if the block succeeds.
 
-    Until then, and if the block fails, what is at ``path`` stays as it is.
+    Until then, and if the block fails, what is at ``path`` stays as it is. Of a link to a folder,
+    the folder is replaced.
 
     Raises:
         FileExistsError: As ``check_replaceable``.
     """
     check_replaceable(op, path, marker=marker, force=force)
-    path = path.absolute()
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _aside(path)
+    partial, old = _aside(path), _aside(path)
     partial.mkdir()
     try:
         yield partial
+        check_replaceable(op, path, marker=marker, force=force)  # the block may have taken hours
         if path.exists():
-            old = _aside(path)
             path.replace(old)
-            try:
-                partial.replace(path)
-            except OSError:
-                old.replace(path)
-                raise
-            shutil.rmtree(old)
-        else:
-            partial.replace(path)
+        partial.replace(path)
     finally:
+        # Also between the two renames, where Ctrl-C can strike too.
+        if old.exists() and not path.exists():
+            old.replace(path)
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_tensors(
     path: PathLike, tensors: Mapping[str, Tensor], *, kind: str, version: int, header: object
 ) -> None:
-    """Write tensors and a JSON header to one safetensors file."""
+    """Write tensors and a JSON header to one safetensors file.
+
+    Raises:
+        FileNotFoundError: If the folder of ``path`` does not exist.
+        IsADirectoryError: If ``path`` is a folder.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        message = f"{kind}.save: path must lie in an existing folder, got {path}"
+        raise FileNotFoundError(message)
+    if path.is_dir():
+        message = f"{kind}.save: path must be a file, got the folder {path}"
+        raise IsADirectoryError(message)
     safetensors = require("safetensors.torch", extra="bank", op=f"{kind}.save")
     metadata = {"kind": kind, "version": str(version), "header": json.dumps(header)}
     data = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with written_aside(Path(path)) as partial:
+    with written_aside(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         safetensors.save_file(data, partial, metadata=metadata)
+        partial.chmod(mode)  # some versions of safetensors let nobody but the owner read a file
 
 
 def load_tensors(

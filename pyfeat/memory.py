@@ -48,7 +48,7 @@ class MemoryBank:
         if features is not None:
             self.add(features, ids)
         elif ids is not None:
-            message = f"MemoryBank: ids must be None without features, got {tuple(ids.shape)}"
+            message = f"MemoryBank: ids must be None without features, got {type(ids).__name__}"
             raise ValueError(message)
 
     def __len__(self) -> int:
@@ -187,6 +187,8 @@ class MemoryBank:
         """Write the bank to one safetensors file, aside first and then renamed.
 
         Raises:
+            FileNotFoundError: If the folder of ``path`` does not exist.
+            IsADirectoryError: If ``path`` is a folder.
             ImportError: If safetensors is not installed.
         """
         save_tensors(

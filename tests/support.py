@@ -56,7 +56,10 @@ def _is_exact_tie(ordered: Tensor, k: int) -> Tensor:
 def _scale(exact: Tensor, queries: Tensor, memory: Tensor, metric: str) -> Tensor:
     """What rounding in a float64 sum is relative to: the sum of the absolute terms."""
     if metric == "inner_product":
-        return queries.double().norm(dim=1, keepdim=True) * memory.double().norm(dim=1).max()
+        scale: Tensor = (
+            queries.double().norm(dim=1, keepdim=True) * memory.double().norm(dim=1).max()
+        )
+        return scale
     if metric == "cosine":
         return torch.ones(len(exact), 1, dtype=torch.float64)
     return exact.max(dim=1, keepdim=True).values

@@ -57,12 +57,12 @@ def test_every_instruction_set_and_metric_is_exact(isa: str, metric: Metric, kin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(4096, 4096, 33), (257, 4096, 4096), (4096, 257, 257)])
+@pytest.mark.parametrize("shape", [(4096, 4096, 33), (31, 4096, 4096), (4096, 257, 257)])
 @pytest.mark.parametrize("kind", ["plain", "shifted"])
 def test_large_sizes_equal_float64_brute_force(kind: str, shape: tuple[int, int, int]) -> None:
     queries, memory = _data(kind, *shape)
     found = pyfeat.knn(queries, memory, 3)
-    some = torch.randperm(shape[0])[:300]
+    some = torch.randperm(shape[0])[:31]
     assert_exact_neighbours(
         found.distances[some], found.indices[some], queries[some], memory, 3, "euclidean"
     )
@@ -247,24 +247,26 @@ def test_bad_arguments_are_named(
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["queries", "memory"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_features_that_are_not_finite_are_refused(bad: float, name: str, backend: str) -> None:
+def test_features_that_are_not_finite_are_refused(bad: float, name: str, backend: Backend) -> None:
     inputs = {"queries": torch.randn(40, 20), "memory": torch.randn(50, 20)}
     inputs[name][33, 7] = bad
     with pytest.raises(ValueError, match=rf"knn: {name} must be finite, .* in row 33"):
-        pyfeat.knn(**inputs, backend=backend)  # type: ignore[arg-type]
+        pyfeat.knn(inputs["queries"], inputs["memory"], backend=backend)
 
 
 def test_an_unknown_metric_or_backend_is_refused() -> None:
     x = torch.randn(3, 2)
-    with pytest.raises(ValueError, match="knn: metric must be one of 'euclidean'.*, got 'l2'"):
+    with pytest.raises(ValueError, match=r"knn: metric must be one of 'euclidean'.*, got 'l2'"):
         pyfeat.knn(x, x, metric="l2")  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="knn: backend must be one of .*, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"knn: backend must be one of .*, got 'gpu'"):
         pyfeat.knn(x, x, backend="gpu")  # type: ignore[call-overload]
 
 
 def test_an_explicit_backend_never_falls_back() -> None:
     x = torch.empty(3, 2, device="meta")
-    with pytest.raises(NotImplementedError, match="knn: backend 'cpu' does not support .* on meta"):
+    with pytest.raises(
+        NotImplementedError, match=r"knn: backend 'cpu' does not support .* on meta"
+    ):
         pyfeat.knn(x, x, backend="cpu")
 
 
@@ -350,7 +352,7 @@ def test_bad_coreset_arguments_are_named(match: str, arguments: dict[str, float]
 def test_a_coreset_of_nothing_or_of_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="features must have at least one row"):
         pyfeat.greedy_coreset(torch.empty(0, 3), size=1)
-    with pytest.raises(ValueError, match="greedy_coreset: features must be finite.*row 1"):
+    with pytest.raises(ValueError, match=r"greedy_coreset: features must be finite.*row 1"):
         pyfeat.greedy_coreset(torch.tensor([[0.0], [float("nan")]]), size=1)
 
 

@@ -105,8 +105,8 @@ def write_csv(path: Path, gallery: Gallery, threshold: Threshold | None) -> None
 def describe(model: PatchCore) -> str:
     """One sentence on the model, for the head of a page."""
     return (
-        f"PatchCore on {model.backbone.name}, {model.summary.num_rows} of "
-        f"{model.summary.num_patches} normal patches in memory, scores as in "
+        f"PatchCore on {model.backbone.name}, {model.summary.num_rows:,} of "
+        f"{model.summary.num_patches:,} normal patches in memory, scores as in "
         f"{SCORINGS[model.scoring].source}."
     )
 

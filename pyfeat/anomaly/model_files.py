@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,9 @@ def write_files(model: "PatchCore", folder: Path) -> None:
         "summary": dataclasses.asdict(model.summary),
     }
     model.bank.save(folder / _BANK)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    # Arguments may have been NumPy scalars, which JSON does not know.
+    text = json.dumps(manifest, indent=2, default=operator.methodcaller("item"))
+    (folder / MANIFEST).write_text(text + "\n")
 
 
 def read_files(
@@ -81,8 +84,8 @@ def read_files(
     """Read what ``write_files`` wrote; arguments and errors as ``PatchCore.load``."""
     op = "PatchCore.load"
     manifest = _read_manifest(op, folder)
+    ready = _matching_backbone(op, manifest, backbone, device, dtype, compile)
     try:
-        ready = _matching_backbone(op, manifest, backbone, device, dtype, compile)
         model = factory(
             ready,
             image_size=tuple(manifest["image_size"]),
@@ -118,12 +121,18 @@ def _matching_backbone(
     if backbone is None and name.startswith("module:"):
         message = f"{op}: backbone must be given for a model fitted with {name}, got None"
         raise ValueError(message)
-    if isinstance(backbone, Backbone):
-        ready = backbone
-    else:
-        ready = load_backbone(
-            backbone or name, layers=manifest["layers"], device=device, dtype=dtype, compile=compile
+    ready = load_backbone(
+        name if backbone is None else backbone,
+        layers=None if isinstance(backbone, Backbone) else manifest["layers"],
+        device=device,
+        dtype=dtype,
+        compile=compile,
+    )
+    if list(ready.layers) != manifest["layers"]:
+        message = (
+            f"{op}: backbone must have the layers {manifest['layers']}, got {list(ready.layers)}"
         )
+        raise ValueError(message)
     if ready.fingerprint() != manifest["fingerprint"]:
         message = (
             f"{op}: backbone must have the weights that the model was fitted with, got another "
@@ -147,4 +156,8 @@ def _read_manifest(op: str, folder: Path) -> dict[str, Any]:
         message = f"{op}: path must hold a whole model, got {path} without fields"
         raise ValueError(message)
     check_version(op, path, manifest.get("format_version"), FORMAT_VERSION)
+    for field in ("backbone", "layers", "fingerprint"):
+        if field not in manifest:
+            message = f"{op}: path must hold a whole model, got {path} without {field}"
+            raise ValueError(message)
     return manifest

@@ -125,7 +125,7 @@ class PatchCore:
     def fit(
         self, images: ImageInput, *, strict: bool = False, progress: bool = False
     ) -> "PatchCore":
-        """Learn what is normal; forgets what an earlier fit learned.
+        """Learn what is normal; forgets what an earlier fit learned, unless it fails itself.
 
         The threshold is set from the scores of up to 100 of the images, each against a bank without
         its own patches: unseen normal images exceed it about as often as ``false_alarm_rate`` says.
@@ -162,9 +162,9 @@ class PatchCore:
             ).radius
         summary.num_images, summary.num_rows = count, len(bank)
         summary.num_patches = count * grid[0] * grid[1]
-        self.bank, self.grid, self.summary = bank, grid, summary
         with _timed(summary, "threshold"):
-            self.threshold = self._leave_one_out_threshold(*calibration.result())
+            threshold = self._leave_one_out_threshold(bank, *calibration.result())
+        self.bank, self.grid, self.summary, self.threshold = bank, grid, summary, threshold
         return self
 
     def calibrate(
@@ -179,6 +179,7 @@ class PatchCore:
         Raises:
             ValueError: If the model is not fitted, or no image can be read.
         """
+        self._check_fitted("calibrate")
         results = self.stream(images, strict=strict, progress=progress)
         scores = [result.score for result in results]
         if not scores:
@@ -203,13 +204,15 @@ class PatchCore:
         Raises:
             ValueError: If the model is not fitted.
         """
-        results = list(self.stream(images, strict=strict, progress=progress))
-        maps = [result.heat_map for result in results]
-        return AnomalyScores(
-            torch.tensor([result.score for result in results]),
-            torch.stack(maps) if maps else torch.empty((0, *self.image_size)),
-            [result.name for result in results],
-        )
+        scores: list[float] = []
+        maps: list[Tensor] = []
+        names: list[str] = []
+        for result in self.stream(images, strict=strict, progress=progress):
+            scores.append(result.score)
+            maps.append(result.heat_map)
+            names.append(result.name)
+        stacked = torch.stack(maps) if maps else torch.empty((0, *self.image_size))
+        return AnomalyScores(torch.tensor(scores), stacked, names)
 
     def stream(
         self, images: ImageInput, *, strict: bool = False, progress: bool = False
@@ -294,6 +297,7 @@ class PatchCore:
         with _bar(progress, verb, stream.length) as update:
             for names, pixels in batched(stream, self.batch_size):
                 patches, grid = self._embed(pixels)
+                _check_patches(op, names, patches)
                 self.skipped = stream.skipped
                 yield names, pixels, patches, grid
                 update(len(names))
@@ -319,23 +323,26 @@ class PatchCore:
             patches = functional.normalize(patches, dim=-1)
         return patches.contiguous(), grid
 
-    def _leave_one_out_threshold(self, patches: Tensor, images: Tensor) -> Threshold | None:
+    def _leave_one_out_threshold(
+        self, bank: MemoryBank, patches: Tensor, images: Tensor
+    ) -> Threshold | None:
         """Threshold from training images, each scored against the bank without its own rows.
 
         None for a single image: there is no other to compare it with.
 
         Args:
+            bank: Of all training images.
             patches: (B, P, D) of the images to score.
             images: (B,) their numbers, as in the ids of the bank.
         """
         scoring = SCORINGS[self.scoring]
         scores = []
         for image, own in zip(images, patches, strict=True):
-            others = self.bank.ids[:, 0] != image
+            others = bank.ids[:, 0] != image
             if others.any():
-                bank = MemoryBank(self.bank.features[others])
-                found = bank.search(own)  # [P, 1]
-                score = scoring.image_scores(found.distances.T, found.indices.T, own[None], bank)
+                rest = MemoryBank(bank.features[others])
+                found = rest.search(own)  # [P, 1]
+                score = scoring.image_scores(found.distances.T, found.indices.T, own[None], rest)
                 scores.append(float(score))
         if not scores:
             return None
@@ -352,6 +359,14 @@ class PatchCore:
             f"PatchCore.{verb}: images must hold at least one that can be read, "
             f"got none ({len(self.skipped)} skipped){reasons}"
         )
+
+
+def _check_patches(op: str, names: Sequence[str], patches: Tensor) -> None:
+    finite = torch.isfinite(patches).flatten(1).all(dim=1)
+    if not finite.all():
+        name = names[int(finite.int().argmin())]
+        message = f"{op}: backbone must give finite features, got NaN or infinity for {name}"
+        raise ValueError(message)
 
 
 def _patch_ids(first_image: int, num_images: int, grid: tuple[int, int]) -> Tensor:

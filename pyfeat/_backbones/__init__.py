@@ -1,0 +1,1 @@
+"""The routes of ``load_backbone``, one module per kind of network."""

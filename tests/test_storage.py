@@ -1,0 +1,263 @@
+"""Folders and files are replaced as a whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pyfeat._storage import check_replaceable, check_version, replaced_folder, written_aside
+
+Patch = pytest.MonkeyPatch
+MARKER = "model.json"
+
+
+def write(path: Path, *, force: bool = False, files: tuple[str, ...] = (MARKER, "new")) -> None:
+    with replaced_folder("save", path, marker=MARKER, force=force) as folder:
+        assert list(folder.iterdir()) == []
+        for name in files:
+            (folder / name).write_text("new")
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, hidden things too."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+NEW = {MARKER: b"new", "new": b"new"}
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Iterator[Path]:
+    """A folder written earlier; whatever happens to it, nothing may be left beside it."""
+    path = tmp_path / "out"
+    (path / "deep").mkdir(parents=True)
+    (path / MARKER).write_bytes(b"old")
+    (path / "deep" / "data").write_bytes(bytes(range(256)))
+    yield path
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "b" / "out")
+    assert tree(tmp_path / "a" / "b") == {"out": None} | {f"out/{n}": v for n, v in NEW.items()}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_empty_folder_is_filled(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out", force=force)
+    assert tree(tmp_path / "out") == NEW
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_is_replaced_only_with_force(old: Path) -> None:
+    before = tree(old)
+    with pytest.raises(FileExistsError, match="save: output must not exist unless force is given"):
+        write(old)
+    assert tree(old) == before
+    write(old, force=True)
+    assert tree(old) == NEW
+
+
+def test_a_folder_without_the_marker_is_never_replaced(old: Path) -> None:
+    (old / MARKER).unlink()
+    (old / MARKER).mkdir()  # a folder of that name is no marker
+    before = tree(old)
+    message = rf"save: output must be a folder written by pyfeat \(with {MARKER}\), got .*out"
+    with pytest.raises(FileExistsError, match=message):
+        write(old, force=True)
+    assert tree(old) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_is_never_replaced(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError, match="save: output must be a folder, got the file .*out"):
+        write(tmp_path / "out", force=force)
+    assert tree(tmp_path) == {"out": b"mine"}
+
+
+ERRORS = (RuntimeError("failed"), OSError("disk full"), KeyboardInterrupt(), SystemExit(1))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_a_failure_inside_the_block_leaves_the_old_folder(old: Path, error: BaseException) -> None:
+    before = tree(old)
+
+    def fail() -> None:
+        with replaced_folder("save", old, marker=MARKER, force=True) as folder:
+            (folder / MARKER).write_text("half of")
+            (folder / "sub").mkdir()
+            assert tree(old) == before
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert tree(old) == before
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failure_inside_the_block_leaves_nothing_new(tmp_path: Path, exists: bool) -> None:
+    if exists:
+        (tmp_path / "out").mkdir()
+    before = tree(tmp_path)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        replaced_folder("save", tmp_path / "out", marker=MARKER, force=False) as folder,
+    ):
+        (folder / MARKER).write_text("half of")
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_a_failure_at_a_rename_leaves_one_whole_folder(
+    old: Path, monkeypatch: Patch, error: BaseException, call: int, late: bool
+) -> None:
+    before, calls = tree(old), 0
+    rename = Path.replace
+
+    def fail_once(source: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == call and not late:
+            raise error
+        result = rename(source, target)
+        if calls == call:
+            raise error
+        return result
+
+    monkeypatch.setattr(Path, "replace", fail_once)
+    with pytest.raises(type(error)):
+        write(old, force=True)
+    assert tree(old) == (NEW if (call, late) == (2, True) else before)
+
+
+def test_what_somebody_else_put_there_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(FileExistsError, match="output must not exist unless force is given"),
+        replaced_folder("save", out, marker=MARKER, force=False),
+    ):
+        out.mkdir()
+        (out / "mine").write_text("precious")
+    assert tree(tmp_path) == {"out": None, "out/mine": b"precious"}
+
+
+def test_a_folder_that_cannot_be_deleted_does_not_fail_the_save(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    write(tmp_path / "out", files=(MARKER,))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "in use")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        write(tmp_path / "out", force=True)
+    assert tree(tmp_path / "out") == NEW
+
+
+@pytest.mark.parametrize("path", ["out", "./out", "sub/../out", "sub/../out/"])
+def test_a_relative_path_counts_from_the_current_folder(
+    old: Path, monkeypatch: Patch, path: str
+) -> None:
+    (old / "sub").mkdir()
+    monkeypatch.chdir(old)
+    write(Path(path))
+    assert tree(old / "out") == NEW
+    assert os.listdir(old / "sub") == []
+    write(Path(path), force=True, files=(MARKER,))
+    assert tree(old / "out") == {MARKER: b"new"}
+
+
+def test_a_relative_path_counts_from_where_the_block_began(old: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(old)
+    with replaced_folder("save", Path("out"), marker=MARKER, force=False) as folder:
+        monkeypatch.chdir(old / "deep")
+        (folder / MARKER).write_text("new")
+    assert tree(old / "out") == {MARKER: b"new"}
+    assert os.listdir(old / "deep") == ["data"]
+
+
+@pytest.mark.parametrize("path", [".", "", "..", "../../out", "../.."])
+@pytest.mark.parametrize("force", [False, True])
+def test_the_current_folder_is_not_pulled_away(
+    old: Path, monkeypatch: Patch, path: str, force: bool
+) -> None:
+    before = tree(old)
+    monkeypatch.chdir(old / "deep")
+    with pytest.raises(FileExistsError, match="output must not be the current folder or hold it"):
+        write(Path(path), force=force)
+    assert Path.cwd() == old / "deep"
+    assert tree(old) == before
+
+
+@pytest.fixture
+def links(tmp_path: Path) -> Path:
+    try:
+        (tmp_path / "probe").symlink_to("nowhere")
+    except OSError:
+        pytest.skip("needs the right to make links")
+    (tmp_path / "probe").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_of_a_link_the_folder_it_points_to_is_replaced(links: Path, exists: bool) -> None:
+    (links / "link").symlink_to("disk/out")
+    if exists:
+        write(links / "disk" / "out", files=(MARKER,))
+    write(links / "link", force=True)
+    assert (links / "link").readlink() == Path("disk/out")
+    assert tree(links / "disk" / "out") == NEW
+    assert sorted(os.listdir(links)) == ["disk", "link"]
+    assert os.listdir(links / "disk") == ["out"]
+
+
+def test_the_check_alone_writes_nothing(old: Path) -> None:
+    before = tree(old)
+    check_replaceable("fit", old, marker=MARKER, force=True)
+    check_replaceable("fit", old / "new" / "deep", marker=MARKER, force=False)
+    with pytest.raises(FileExistsError, match="fit: output must not exist"):
+        check_replaceable("fit", old, marker=MARKER, force=False)
+    assert tree(old) == before
+
+
+def test_a_file_written_aside_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with written_aside(path) as partial:
+        partial.write_text("one")
+        assert not path.exists()
+    with written_aside(path) as partial:
+        partial.write_text("two")
+        assert path.read_text() == "one"
+    with pytest.raises(KeyboardInterrupt), written_aside(path) as partial:
+        partial.write_text("thr")
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == {"file": b"two"}
+
+
+def test_a_version_is_read_up_to_the_supported_one() -> None:
+    for found in (1, 2, "2"):
+        check_version("load", Path("file"), found, 2)
+    for found in (3, "10", None, "", "-1", 1.5):
+        with pytest.raises(ValueError, match=f"version 2 or older, got file with version {found};"):
+            check_version("load", Path("file"), found, 2)
+
+
+def test_saving_does_not_copy_the_old_folder(old: Path, monkeypatch: Patch) -> None:
+    for name in ("copytree", "copy2", "copyfile"):
+        monkeypatch.delattr(shutil, name)
+    inode = (old / MARKER).stat().st_ino
+    with pytest.raises(KeyboardInterrupt), replaced_folder("", old, marker=MARKER, force=True):
+        raise KeyboardInterrupt
+    assert (old / MARKER).stat().st_ino == inode
