@@ -312,7 +312,7 @@ def test_a_cut_file_is_refused_at_every_length(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="MemoryBank.load: path must be a whole safetensors"):
+        with pytest.raises(ValueError, match=r"MemoryBank.load: path must be a whole safetensors"):
             MemoryBank.load(path)
 
 
@@ -327,10 +327,10 @@ def test_load_refuses_files_that_are_no_bank_it_can_read(tmp_path: Path) -> None
     save_as(path, kind="MemoryBank", version="1")
     assert len(MemoryBank.load(path)) == 2
     save_as(path, kind="Codebook", version="1")
-    with pytest.raises(ValueError, match="path must hold a MemoryBank, got .* with Codebook"):
+    with pytest.raises(ValueError, match=r"path must hold a MemoryBank, got .* with Codebook"):
         MemoryBank.load(path)
     safetensors.torch.save_file({"x": torch.eye(2)}, path)
-    with pytest.raises(ValueError, match="path must hold a MemoryBank, got .* with None"):
+    with pytest.raises(ValueError, match=r"path must hold a MemoryBank, got .* with None"):
         MemoryBank.load(path)
     for version in ("2", "1.5", "next"):
         save_as(path, kind="MemoryBank", version=version)
@@ -340,7 +340,7 @@ def test_load_refuses_files_that_are_no_bank_it_can_read(tmp_path: Path) -> None
 
 def test_load_and_save_say_when_the_path_is_wrong(tmp_path: Path) -> None:
     bank = MemoryBank(torch.eye(2))
-    with pytest.raises(FileNotFoundError, match="load: path must be an existing file, got .*none"):
+    with pytest.raises(FileNotFoundError, match=r"load: path must be an existing file, got .*none"):
         MemoryBank.load(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="load: path must be an existing file"):
         MemoryBank.load(tmp_path)

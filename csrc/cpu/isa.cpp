@@ -78,6 +78,10 @@ std::vector<Isa> detect() {
         if ((state & kZmmState) == kZmmState && foundation && dword_qword && byte_word &&
             vector_length) {
             isas.push_back(Isa::kAvx512);
+            const bool bfloat16 = has_bit(cpuid(7, 1).eax, 5);
+            if (bfloat16) {
+                isas.push_back(Isa::kAvx512Bf16);
+            }
         }
     }
     return isas;
@@ -95,6 +99,8 @@ std::vector<Isa> detect() {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::kAvx512Bf16:
+            return "avx512_bf16";
         case Isa::kAvx512:
             return "avx512";
         case Isa::kAvx2:

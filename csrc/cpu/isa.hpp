@@ -7,7 +7,8 @@
 
 namespace pyfeat {
 
-enum class Isa { kScalar, kAvx2, kAvx512 };
+// kAvx512Bf16 differs from kAvx512 only in the precision of its tiles.
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 const char* isa_name(Isa isa);
 

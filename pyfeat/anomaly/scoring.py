@@ -71,24 +71,22 @@ class Scoring:
             return scores.amax(dim=1)
         worst = scores.argmax(dim=1)  # [B]
         images = torch.arange(len(worst), device=worst.device)
-        weights = self._weights(
-            distances[images, worst], indices[images, worst], patches[images, worst], bank
-        )
-        return scores[images, worst] * weights
+        weights = self._weights(indices[images, worst], patches[images, worst], bank)
+        return scores[images, worst] * weights.to(scores)
 
-    def _weights(
-        self, distances: Tensor, rows: Tensor, patches: Tensor, bank: MemoryBank
-    ) -> Tensor:
+    def _weights(self, rows: Tensor, patches: Tensor, bank: MemoryBank) -> Tensor:
         """(B,): w = 1 - exp(d*) / sum of exp(d(patch, m)) over the neighbours m of the nearest row.
 
-        In the published form the exponentials overflow; dividing both by exp(d*) does not.
+        In the published form the exponentials overflow; dividing both by exp(d*) does not. In
+        float64, because a rounding error of the distances is a relative one of the exponentials.
         """
         count = min(self.neighbours, len(bank))
         nearby = bank.search(bank.features[rows], count).indices  # [B, b], the row itself first
         if not self.counts_nearest and count > 1:
             nearby = nearby[:, 1:]
-        to_nearby = (patches[:, None] - bank.features[nearby]).norm(dim=-1)  # [B, b]
-        excess = to_nearby - distances[:, None]
+        compared = torch.cat([rows[:, None], nearby], dim=1)  # [B, 1 + b]
+        to_rows = (patches[:, None].double() - bank.features[compared]).norm(dim=-1)
+        excess = to_rows[:, 1:] - to_rows[:, :1]
         if self.scales_exponent:
             excess = excess / patches.shape[-1] ** 0.5
         weights: Tensor = 1.0 - 1.0 / excess.exp().sum(dim=1)

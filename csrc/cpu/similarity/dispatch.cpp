@@ -6,6 +6,8 @@ namespace pyfeat {
 const Kernels& kernels_for(Isa isa) {
     switch (isa) {
 #if defined(PYFEAT_X86)
+        case Isa::kAvx512Bf16:
+            return avx512_bf16::kernels;
         case Isa::kAvx512:
             return avx512::kernels;
         case Isa::kAvx2:

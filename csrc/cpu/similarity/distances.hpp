@@ -80,25 +80,4 @@ pyfeat::Farthest farthest_pass(const pyfeat::Rows& rows,
     return farthest;
 }
 
-double pack_row(const float* row,
-                double row_scale,
-                std::int64_t dim,
-                const pyfeat::Transform& transform,
-                float* panel,
-                int width,
-                int lane,
-                double* mean_product) {
-    const double* mean = transform.mean;
-    const double scale = transform.scale;
-    double norm = 0.0, product = 0.0;
-    for (std::int64_t d = 0; d < dim; ++d) {
-        const double x = (static_cast<double>(row[d]) * row_scale - mean[d]) * scale;
-        norm += x * x;
-        product += x * (mean[d] * scale);
-        panel[d * width + lane] = static_cast<float>(x);
-    }
-    *mean_product = product;
-    return norm;
-}
-
 }  // namespace

@@ -3,7 +3,11 @@
 #include "cpu/similarity/kernels.hpp"
 
 #include "cpu/similarity/distances.hpp"
-#include "cpu/similarity/tile.hpp"
+#if defined(PYFEAT_ISA_AVX512_BF16)
+#include "cpu/similarity/tile_bf16.hpp"
+#else
+#include "cpu/similarity/tile_float32.hpp"
+#endif
 
 namespace pyfeat::PYFEAT_ISA_NAMESPACE {
 
@@ -12,6 +16,7 @@ static_assert(kTileQueries <= kMaxTileQueries && kTileRows <= kMaxTileRows);
 const Kernels kernels{
     kTileQueries,
     kTileRows,
+    kPackedValues,
     tile_product,
     mark_scores,
     pack_row,

@@ -25,12 +25,20 @@ struct Transform {
     double scale;        // a power of two
 };
 
-struct Kernels {
-    int tile_queries;  // MR
-    int tile_rows;     // NR
+// What packing one row has made of it, in float64 and in the units of the frame.
+struct PackedRow {
+    double squared_norm;      // of the transformed row x
+    double squared_residual;  // ||x - x^||^2, x^ being what is stored
+    double mean_product;      // x . (mean * scale)
+};
 
-    // products[r, c] = sum over d of a[d, r] * b[d, c], in float32.
-    // a [D, MR], b [D, NR], products [MR, NR]; all contiguous, b and products aligned to 64 bytes.
+struct Kernels {
+    int tile_queries;   // MR
+    int tile_rows;      // NR
+    int packed_values;  // features that one 4-byte word of a panel holds: 1 float32 or 2 bfloat16
+
+    // products[r, c] = sum over d of a[d, r] * b[d, c], accumulated in float32.
+    // a and b are panels of MR and NR rows; products [MR, NR]; b and products aligned to 64 bytes.
     void (*tile_product)(std::int64_t dim, const float* a, const float* b, float* products);
 
     // Scores row_terms[c] - products[r, c] in place; bit c of marks[r] says scores[r, c] <=
@@ -40,17 +48,19 @@ struct Kernels {
                         const float* limits,
                         std::uint32_t* marks);
 
-    // Writes one transformed row into column `lane` of a panel: panel[d * width + lane].
-    // Returns the squared norm of the transformed row in float64, and in `mean_product` its inner
-    // product with `transform.mean * transform.scale`.
-    double (*pack_row)(const float* row,
-                       double row_scale,
-                       std::int64_t dim,
-                       const Transform& transform,
-                       float* panel,
-                       int width,
-                       int lane,
-                       double* mean_product);
+    // Writes one transformed row into column `lane` of a panel [words, width].
+    PackedRow (*pack_row)(const float* row,
+                          double row_scale,
+                          std::int64_t dim,
+                          const Transform& transform,
+                          float* panel,
+                          int width,
+                          int lane);
+
+    // 4-byte words of one row of a panel.
+    std::int64_t words(std::int64_t dim) const {
+        return (dim + packed_values - 1) / packed_values;
+    }
 
     // Sums in float64 over 16 interleaved partial sums, without fused multiply-add: the same bits
     // from every instruction set.
@@ -75,6 +85,10 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+
+namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 

@@ -18,32 +18,42 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 // Error of one packed score. Everything is in the frame's units; u = 2^-24, x and q are the exact
 // transformed row and query, x^ and q^ what is packed.
 //
-//   packing      each x^_d is x_d rounded once to float32 (its float64 value carries a relative
-//                2^-52, covered by the factor kSpare), so ||x - x^|| <= u ||x|| + sqrt(D) tiny, and
-//                the same for q; tiny = 2^-126 covers underflow, flushed or gradual.
-//   product      D multiply-adds in float32, fused or not, in any one order:
+//   packing      ||x - x^|| is measured in float64, and ||q - q^|| too; the product may treat
+//                subnormal values as zero, at most sqrt(D) tiny more, tiny = 2^-126.
+//   product      D multiply-adds in float32, fused or not, in any one order (products of bfloat16
+//                are exact):
 //                |p - q^.x^| <= g ||q^|| ||x^|| + D tiny,  g = D u / (1 - D u).
 //   row term     h (half the squared norm, or -mean.x) rounded once: u |h| + tiny.
 //   score        fl(h - p): u (|h| + |p|), |p| <= (1 + g) ||q^|| ||x^||, at most 2u for D u < 1/2.
 //
 // With |q.x - q^.x^| <= ||q - q^|| ||x|| + ||q^|| ||x - x^||, the sum is
 //   ||q|| (||x - x^|| + (g + 2u) ||x||) + ||q - q^|| ||x|| + 2u |h| + (D + 2) tiny (1 + ||q||).
-// kSpare covers the rounding of these bounds themselves and ||q^|| <= (1 + u) ||q|| + tiny.
+// The bounds take max(||q||, ||q^||) for ||q||, and the same for x, as ||q^|| <= ||q|| + e_q.
+// kSpare covers the rounding of the bounds themselves.
 constexpr double kUnit = 5.9604644775390625e-08;  // 2^-24
 constexpr double kTiny = 1.1754943508222875e-38;  // 2^-126
 constexpr double kSpare = 1.0 + 1.0 / (1L << 20);
 
-double packing_residual(double norm, std::int64_t dim) {
-    return (kUnit * norm + std::sqrt(static_cast<double>(dim)) * kTiny) * kSpare;
-}
+// ||x - x^|| and a bound on both ||x|| and ||x^||.
+struct RowBounds {
+    double residual, norm;
 
-PanelBounds bounds_of_panel(double norm, double largest_row_term, std::int64_t dim) {
+    RowBounds(const PackedRow& packed, std::int64_t dim)
+        : residual(
+              (std::sqrt(packed.squared_residual) + std::sqrt(static_cast<double>(dim)) * kTiny) *
+              kSpare),
+          norm((std::sqrt(packed.squared_norm) + residual) * kSpare) {}
+};
+
+PanelBounds bounds_of_panel(double residual,
+                            double norm,
+                            double largest_row_term,
+                            std::int64_t dim) {
     const double d = static_cast<double>(dim);
     const double product_error = d * kUnit / (1.0 - d * kUnit);
     PanelBounds bounds;
-    bounds.norm = norm * kSpare;
-    bounds.reach = (packing_residual(norm, dim) + (product_error + 2.0 * kUnit) * norm) * kSpare +
-                   (d + 2.0) * kTiny;
+    bounds.norm = norm;
+    bounds.reach = (residual + (product_error + 2.0 * kUnit) * norm) * kSpare + (d + 2.0) * kTiny;
     bounds.slack = 2.0 * kUnit * largest_row_term * kSpare + (d + 2.0) * kTiny;
     return bounds;
 }
@@ -145,50 +155,48 @@ PackedRows pack_memory(const Rows& memory,
     const int width = kernels.tile_rows;
     const std::int64_t dim = memory.dim;
     const std::int64_t num_panels = count_panels(num_rows, width);
+    const std::int64_t panel_words = kernels.words(dim) * width;
     const auto slots = static_cast<std::size_t>(num_panels * width);
     PackedRows packed{first_row,
                       num_rows,
                       num_panels,
-                      dim,
-                      width,
-                      AlignedFloats(slots * static_cast<std::size_t>(dim)),
+                      panel_words,
+                      AlignedFloats(static_cast<std::size_t>(num_panels * panel_words)),
                       AlignedFloats(slots),
                       std::vector<PanelBounds>(static_cast<std::size_t>(num_panels))};
     const bool euclidean =
         frame.metric == Metric::kEuclidean || frame.metric == Metric::kSquaredEuclidean;
     execution.parallel_for(num_panels, [&](std::int64_t p, int) {
-        float* panel = packed.values.data() + p * dim * width;
+        float* panel = packed.values.data() + p * panel_words;
         float* row_terms = packed.row_terms.data() + p * width;
-        double largest_norm = 0.0, largest_term = 0.0;
-        for (int lane = 0; lane < width; ++lane) {
-            const std::int64_t local = p * width + lane;
-            if (local >= num_rows) {
-                for (std::int64_t d = 0; d < dim; ++d) {
-                    panel[d * width + lane] = 0.0F;
-                }
-                row_terms[lane] = std::numeric_limits<float>::quiet_NaN();
-                continue;
-            }
-            const float* row = memory.row(first_row + local);
-            double mean_product = 0.0;
-            const double squared_norm = kernels.pack_row(row,
-                                                         row_scale(row, dim, frame.metric, kernels),
-                                                         dim,
-                                                         frame.transform(),
-                                                         panel,
-                                                         width,
-                                                         lane,
-                                                         &mean_product);
+        const std::int64_t first = p * width;
+        const int lanes = static_cast<int>(std::min<std::int64_t>(width, num_rows - first));
+        if (lanes < width) {
+            std::fill_n(panel, panel_words, 0.0F);
+            std::fill_n(row_terms, width, std::numeric_limits<float>::quiet_NaN());
+        }
+        double largest_residual = 0.0, largest_norm = 0.0, largest_term = 0.0;
+        for (int lane = 0; lane < lanes; ++lane) {
+            const float* row = memory.row(first_row + first + lane);
+            const PackedRow done = kernels.pack_row(row,
+                                                    row_scale(row, dim, frame.metric, kernels),
+                                                    dim,
+                                                    frame.transform(),
+                                                    panel,
+                                                    width,
+                                                    lane);
             // q.x = (q - mean).(x - mean) + mean.(x - mean) + q.mean, the last equal for all rows.
-            const double term = euclidean ? 0.5 * squared_norm : -mean_product;
+            const double term = euclidean ? 0.5 * done.squared_norm : -done.mean_product;
             const bool fits = std::abs(term) <= kLargestRowTerm;
             row_terms[lane] = fits ? static_cast<float>(term) : 0.0F;
-            largest_norm = std::max(largest_norm, std::sqrt(squared_norm));
+            const RowBounds bounds(done, dim);
+            largest_residual = std::max(largest_residual, bounds.residual);
+            largest_norm = std::max(largest_norm, bounds.norm);
             largest_term = std::max(
                 largest_term, fits ? std::abs(term) : std::numeric_limits<double>::infinity());
         }
         packed.bounds[static_cast<std::size_t>(p)] =
-            bounds_of_panel(largest_norm, largest_term, dim);
+            bounds_of_panel(largest_residual, largest_norm, largest_term, dim);
     });
     return packed;
 }
@@ -202,38 +210,34 @@ PackedQueries pack_queries(const Rows& queries,
     const int width = kernels.tile_queries;
     const std::int64_t dim = queries.dim;
     const std::int64_t num_panels = count_panels(num_queries, width);
+    const std::int64_t panel_words = kernels.words(dim) * width;
     const auto slots = static_cast<std::size_t>(num_panels * width);
     PackedQueries packed{num_queries,
                          num_panels,
-                         dim,
-                         width,
-                         AlignedFloats(slots * static_cast<std::size_t>(dim)),
+                         panel_words,
+                         AlignedFloats(static_cast<std::size_t>(num_panels * panel_words)),
                          std::vector<double>(slots, kNaN),
                          std::vector<double>(slots, kNaN)};
     execution.parallel_for(num_panels, [&](std::int64_t p, int) {
-        float* panel = packed.values.data() + p * dim * width;
-        for (int lane = 0; lane < width; ++lane) {
-            const std::int64_t local = p * width + lane;
-            if (local >= num_queries) {
-                for (std::int64_t d = 0; d < dim; ++d) {
-                    panel[d * width + lane] = 0.0F;
-                }
-                continue;
-            }
-            const float* row = queries.row(first_query + local);
-            double mean_product = 0.0;
-            const double norm =
-                std::sqrt(kernels.pack_row(row,
-                                           row_scale(row, dim, frame.metric, kernels),
-                                           dim,
-                                           frame.transform(),
-                                           panel,
-                                           width,
-                                           lane,
-                                           &mean_product));
-            const auto slot = static_cast<std::size_t>(local);
-            packed.norms[slot] = norm * kSpare + kTiny;
-            packed.residuals[slot] = packing_residual(norm, dim);
+        float* panel = packed.values.data() + p * panel_words;
+        const std::int64_t first = p * width;
+        const int lanes = static_cast<int>(std::min<std::int64_t>(width, num_queries - first));
+        if (lanes < width) {
+            std::fill_n(panel, panel_words, 0.0F);
+        }
+        for (int lane = 0; lane < lanes; ++lane) {
+            const float* row = queries.row(first_query + first + lane);
+            const RowBounds bounds(kernels.pack_row(row,
+                                                    row_scale(row, dim, frame.metric, kernels),
+                                                    dim,
+                                                    frame.transform(),
+                                                    panel,
+                                                    width,
+                                                    lane),
+                                   dim);
+            const auto slot = static_cast<std::size_t>(first + lane);
+            packed.norms[slot] = bounds.norm + kTiny;
+            packed.residuals[slot] = bounds.residual;
         }
     });
     return packed;

@@ -60,14 +60,14 @@ struct PanelBounds {
 
 // A range of memory rows, NR to a panel; the last panel is filled up with rows of score NaN.
 struct PackedRows {
-    std::int64_t first_row = 0, num_rows = 0, num_panels = 0, dim = 0;
-    int panel_rows = 0;
-    AlignedFloats values;             // [num_panels, D, NR]
+    std::int64_t first_row = 0, num_rows = 0, num_panels = 0;
+    std::int64_t panel_words = 0;     // 4-byte words of one panel
+    AlignedFloats values;             // [num_panels, panel_words]
     AlignedFloats row_terms;          // [num_panels, NR]
     std::vector<PanelBounds> bounds;  // [num_panels]
 
     const float* panel(std::int64_t index) const {
-        return values.data() + index * dim * panel_rows;
+        return values.data() + index * panel_words;
     }
 };
 
@@ -80,14 +80,14 @@ PackedRows pack_memory(const Rows& memory,
 
 // A range of queries, MR to a panel; norm is NaN for the queries that fill up the last panel.
 struct PackedQueries {
-    std::int64_t num_queries = 0, num_panels = 0, dim = 0;
-    int panel_queries = 0;
-    AlignedFloats values;           // [num_panels, D, MR]
+    std::int64_t num_queries = 0, num_panels = 0;
+    std::int64_t panel_words = 0;
+    AlignedFloats values;           // [num_panels, panel_words]
     std::vector<double> norms;      // [num_panels * MR], >= ||q|| packed or not
     std::vector<double> residuals;  // [num_panels * MR], e_q
 
     const float* panel(std::int64_t index) const {
-        return values.data() + index * dim * panel_queries;
+        return values.data() + index * panel_words;
     }
 };
 

@@ -348,8 +348,7 @@ class TileSearch {
     // Half of the second-level cache holds a block of memory while the queries pass over it; the
     // other half serves the query panel and the stream that fetches the next one.
     std::int64_t panels_per_block(const PackedRows& memory) const {
-        const std::int64_t panel_bytes =
-            std::max<std::int64_t>(memory.dim * memory.panel_rows * 4, 1);
+        const std::int64_t panel_bytes = std::max<std::int64_t>(4 * memory.panel_words, 1);
         return std::max<std::int64_t>(second_level_cache_bytes() / 2 / panel_bytes, 1);
     }
 
@@ -393,7 +392,7 @@ class TileSearch {
             limits[r] = live ? round_up(shortlists.threshold(base + r) + errors[r]) : -kInfinity;
         }
         kernels_.tile_product(
-            memory.dim, queries_.panel(query_panel), memory.panel(memory_panel), scores);
+            params_.memory.dim, queries_.panel(query_panel), memory.panel(memory_panel), scores);
         const float* row_terms = memory.row_terms.data() + memory_panel * num_rows;
         if (!kernels_.mark_scores(scores, row_terms, limits, marks)) {
             return;
@@ -455,7 +454,7 @@ KnnCounters knn_cpu(const KnnParams& params, Isa isa, Execution& execution) {
     }
 
     const Frame frame = choose_frame(memory, params.metric, kernels, execution);
-    const std::int64_t row_bytes = std::max<std::int64_t>(4 * memory.dim, 1);
+    const std::int64_t row_bytes = std::max<std::int64_t>(4 * kernels.words(memory.dim), 1);
     const std::int64_t query_chunk =
         even_chunk(queries.num_rows,
                    kQueryBudgetBytes / (row_bytes + Shortlists::bytes_per_query(params.k)),

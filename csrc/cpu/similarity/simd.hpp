@@ -6,6 +6,13 @@
 
 #include <cstdint>
 
+#if defined(PYFEAT_ISA_AVX512_BF16)
+#define PYFEAT_ISA_AVX512
+#define PYFEAT_ISA_NAMESPACE avx512_bf16
+#elif defined(PYFEAT_ISA_AVX512)
+#define PYFEAT_ISA_NAMESPACE avx512
+#endif
+
 #if defined(PYFEAT_ISA_AVX512) || defined(PYFEAT_ISA_AVX2)
 #include <immintrin.h>
 #endif
@@ -13,7 +20,6 @@
 namespace {
 
 #if defined(PYFEAT_ISA_AVX512)
-#define PYFEAT_ISA_NAMESPACE avx512
 
 using Floats = __m512;
 constexpr int kLanes = 16;

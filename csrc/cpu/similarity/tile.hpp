@@ -1,32 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// float32 tiles: the product, and the comparison that decides what an epilogue looks at.
+// What is common to the tiles of every precision.
 #pragma once
 
+#include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/simd.hpp"
 
 namespace {
 
-void tile_product(std::int64_t dim, const float* a, const float* b, float* products) {
-    Floats sums[kTileQueries][kTileVectors];
+inline void clear(Floats (&sums)[kTileQueries][kTileVectors]) {
     for (int r = 0; r < kTileQueries; ++r) {
         for (int v = 0; v < kTileVectors; ++v) {
             sums[r][v] = zero();
         }
     }
-    for (std::int64_t d = 0; d < dim; ++d) {
-        Floats rows[kTileVectors];
-        for (int v = 0; v < kTileVectors; ++v) {
-            rows[v] = load(b + v * kLanes);
-        }
-        for (int r = 0; r < kTileQueries; ++r) {
-            const Floats query = broadcast(a[r]);
-            for (int v = 0; v < kTileVectors; ++v) {
-                sums[r][v] = multiply_add(query, rows[v], sums[r][v]);
-            }
-        }
-        a += kTileQueries;
-        b += kTileRows;
-    }
+}
+
+inline void store(float* products, const Floats (&sums)[kTileQueries][kTileVectors]) {
     for (int r = 0; r < kTileQueries; ++r) {
         for (int v = 0; v < kTileVectors; ++v) {
             store(products + r * kTileRows + v * kLanes, sums[r][v]);
@@ -52,6 +41,27 @@ bool mark_scores(float* products,
         any |= mark;
     }
     return any != 0;
+}
+
+// Transforms a row, hands every value to keep(d, x), which stores it and returns what it stored,
+// and measures the difference.
+template <typename Keep>
+inline pyfeat::PackedRow transform_row(const float* row,
+                                       double row_scale,
+                                       std::int64_t dim,
+                                       const pyfeat::Transform& transform,
+                                       Keep keep) {
+    const double* mean = transform.mean;
+    const double scale = transform.scale;
+    pyfeat::PackedRow packed{0.0, 0.0, 0.0};
+    for (std::int64_t d = 0; d < dim; ++d) {
+        const double x = (static_cast<double>(row[d]) * row_scale - mean[d]) * scale;
+        const double residual = x - static_cast<double>(keep(d, static_cast<float>(x)));
+        packed.squared_norm += x * x;
+        packed.squared_residual += residual * residual;
+        packed.mean_product += x * (mean[d] * scale);
+    }
+    return packed;
 }
 
 }  // namespace
