@@ -110,6 +110,14 @@ def test_a_kept_picture_is_a_thumbnail_of_the_image() -> None:
     assert pixels(small.jpeg).min() == 255
 
 
+def test_a_picture_is_stretched_to_the_shape_of_the_original() -> None:
+    gallery = Gallery(thumbnail=90)
+    image, heat_map = torch.full((3, 16, 16), 0.5), torch.zeros(4, 4)
+    gallery.add("photo", 1.0, image, heat_map, shape=(2000, 3000))
+    gallery.add("strip", 0.0, image, heat_map, shape=(1, 100_000))
+    assert [entry.size for entry in gallery.most] == [(90, 60), (90, 1)]
+
+
 def test_a_large_heat_map_keeps_its_peak() -> None:
     gallery, heat_map = Gallery(), torch.zeros(300, 500)
     heat_map[217, 401] = 9.0

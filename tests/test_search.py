@@ -129,14 +129,28 @@ def test_subnormal_features_are_exact_when_torch_flushes_them() -> None:
     assert torch.equal(found, expected)
 
 
-def test_rows_one_unit_apart_are_told_apart() -> None:
+@pytest.mark.parametrize("isa", _C.isas())
+def test_rows_one_unit_apart_are_told_apart(isa: str) -> None:
     row = torch.rand(384) + 1
     memory = row.repeat(512, 1)
     for i in range(512):
         memory[i, i % 384] += (i % 5 + 1) * torch.finfo(torch.float32).eps
     queries = memory[::3].clone()
-    found = pyfeat.knn(queries, memory, 4)
-    assert_exact_neighbours(*found, queries, memory, 4, "euclidean")
+    distances, indices, _ = _knn(queries, memory, 4, "euclidean", isa=isa)
+    assert_exact_neighbours(distances, indices, queries, memory, 4, "euclidean")
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+def test_rounding_of_the_tile_products_is_allowed_for(isa: str) -> None:
+    # Whole numbers with mean 0 are packed into float32 without loss; their products are around
+    # 2^31, where float32 counts in steps of 256, and the rows' distances differ by less.
+    row = torch.randint(-4000, 4000, (384,)).float()
+    rows = row.repeat(300, 1) + torch.randint(-1, 2, (300, 384))
+    memory = torch.cat([rows, -rows])
+    queries = row + torch.randint(-9, 10, (100, 384))
+    for metric in METRICS:
+        distances, indices, _ = _knn(queries, memory, 1, metric, isa=isa)
+        assert_exact_neighbours(distances, indices, queries, memory, 1, metric)
 
 
 def test_a_query_finds_itself_at_distance_zero() -> None:

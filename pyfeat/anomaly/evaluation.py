@@ -39,7 +39,7 @@ def collect(
     for image in model.stream(images, strict=strict, progress=True):
         name = image.name if root is None else os.path.relpath(image.name, root)
         label = None if labels is None else labels[name]
-        gallery.add(name, image.score, image.pixels, image.heat_map, label)
+        gallery.add(name, image.score, image.pixels, image.heat_map, label, image.shape)
     return gallery
 
 

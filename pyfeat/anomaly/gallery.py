@@ -135,7 +135,13 @@ class Gallery:
         return self._alarms.entries()
 
     def add(
-        self, name: str, score: float, image: Tensor, heat_map: Tensor, label: bool | None = None
+        self,
+        name: str,
+        score: float,
+        image: Tensor,
+        heat_map: Tensor,
+        label: bool | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> None:
         """Record a scored image; its picture is kept only if a group wants it.
 
@@ -146,6 +152,8 @@ class Gallery:
             heat_map: (h, w) floating point, finite, covering the whole image; any size. Above
                 64x64 it is reduced by maxima, so that a small hot spot keeps its value.
             label: True for defective, False for good; None, for all images alike, when unknown.
+            shape: Height and width, in any unit, that the picture is stretched to fit; None keeps
+                those of ``image``.
 
         Raises:
             ValueError: If a shape, dtype or value is not as above, or only some images have
@@ -161,7 +169,7 @@ class Gallery:
             groups.append(self._missed if label else self._alarms)
         takers = [group for group in groups if group.wants(score)]
         if takers:
-            jpeg, size = _thumbnail(image, self.thumbnail)
+            jpeg, size = _thumbnail(image, self.thumbnail, shape)
             entry = Entry(order, name, float(score), label, jpeg, size, _reduced(heat_map))
             for group in takers:
                 group.push(entry)
@@ -255,11 +263,19 @@ def overlay(entry: Entry, scale: HeatScale) -> bytes:
     return _jpeg(pil.fromarray(_to_uint8((1 - opacity) * grey + opacity * rgba[..., :3])))
 
 
-def _thumbnail(image: Tensor, side: int) -> tuple[bytes, tuple[int, int]]:
+def _thumbnail(
+    image: Tensor, side: int, shape: tuple[int, int] | None
+) -> tuple[bytes, tuple[int, int]]:
     pil = require("PIL.Image", extra="anomaly", op="Gallery.add")
     pixels = image.detach().to("cpu", torch.float32).permute(1, 2, 0).nan_to_num().numpy()
     picture = pil.fromarray(_to_uint8(pixels))
-    picture.thumbnail((side, side))
+    height, width = shape or (picture.height, picture.width)
+    if shape is None:
+        side = min(side, max(height, width))
+    longest = max(height, width)
+    size = (max(1, round(side * width / longest)), max(1, round(side * height / longest)))
+    if size != picture.size:
+        picture = picture.resize(size, pil.Resampling.LANCZOS)
     return _jpeg(picture), (picture.width, picture.height)
 
 

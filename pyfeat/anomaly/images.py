@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import PIL.Image
 
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"
-
 _AHEAD_BYTES = 64 << 20  # of resized images that wait for the consumer
 
 Array: TypeAlias = npt.NDArray[np.generic]
@@ -46,17 +45,18 @@ ImageInput: TypeAlias = "str | os.PathLike[str] | Array | Tensor | Iterable[Item
 
 @dataclass(frozen=True, eq=False)
 class NamedImage:
-    """One image, on the CPU and in memory of its own."""
+    """One image, on the CPU."""
 
     name: str  # path as given, or "image 00012" for the item at index 12
     pixels: Tensor  # [3, H, W] float32 RGB in [0, 1]
+    shape: tuple[int, int]  # height and width in pixels before it was resized
 
 
 @dataclass(frozen=True)
 class SkippedImage:
     """One image that could not be used, and why."""
 
-    name: str  # as in NamedImage
+    name: str
     reason: str
 
 
@@ -193,7 +193,8 @@ class ImageStream:
             planes = self._read(item, name)
         except _UnusableError as error:
             return SkippedImage(name, str(error))
-        return NamedImage(name, _resize(planes, self._size).expand(3, -1, -1).contiguous())
+        pixels = _resize(planes, self._size).expand(3, -1, -1).contiguous()
+        return NamedImage(name, pixels, shape=(planes.shape[1], planes.shape[2]))
 
     def _read(self, item: object, name: str) -> Tensor:
         """Return one image as (1, H, W) or (3, H, W) float32."""
@@ -230,7 +231,7 @@ class ImageStream:
         return pixels
 
 
-def batched(stream: ImageStream, batch_size: int) -> Generator[tuple[list[str], Tensor]]:
+def batched(stream: ImageStream, batch_size: int) -> Generator[tuple[list[NamedImage], Tensor]]:
     """Group the images of a stream; the last group may be smaller.
 
     Args:
@@ -238,7 +239,7 @@ def batched(stream: ImageStream, batch_size: int) -> Generator[tuple[list[str], 
         batch_size: Images per group, at least 1.
 
     Yields:
-        Names, and pixels (B, 3, H, W) float32 in [0, 1], 1 <= B <= ``batch_size``.
+        The images, as views of their pixels (B, 3, H, W), and these; 1 <= B <= ``batch_size``.
 
     Raises:
         ValueError: If ``batch_size`` is below 1.
@@ -249,10 +250,9 @@ def batched(stream: ImageStream, batch_size: int) -> Generator[tuple[list[str], 
         raise ValueError(message)
     with closing(iter(stream)) as images:
         while group := list(itertools.islice(images, batch_size)):
-            names = [image.name for image in group]
             pixels = torch.stack([image.pixels for image in group])
-            group.clear()
-            yield names, pixels
+            group[:] = [replace(image, pixels=p) for image, p in zip(group, pixels, strict=True)]
+            yield group, pixels
 
 
 class _UnusableError(Exception):

@@ -15,7 +15,7 @@ from pyfeat._checks import check_choice
 from pyfeat._extras import require
 from pyfeat._storage import PathLike, replaced_folder
 from pyfeat.anomaly.draw import Draw
-from pyfeat.anomaly.images import ImageInput, ImageStream, SkippedImage, batched
+from pyfeat.anomaly.images import ImageInput, ImageStream, NamedImage, SkippedImage, batched
 from pyfeat.anomaly.metrics import Threshold, normal_threshold
 from pyfeat.anomaly.model_files import MANIFEST, FitSummary, read_files, write_files
 from pyfeat.anomaly.scoring import SCORINGS, ScoringName
@@ -39,9 +39,10 @@ class ScoredImage:
     """One image as it comes out of ``PatchCore.stream``."""
 
     name: str
-    pixels: Tensor  # (3, H, W) float32 in [0, 1], resized to the model's input
+    pixels: Tensor  # (3, H, W) float32 in [0, 1], at the size of the model's input
     score: float
     heat_map: Tensor  # (H, W) float32
+    shape: tuple[int, int]  # height and width in pixels before it was resized
 
 
 class PatchCore:
@@ -147,11 +148,11 @@ class PatchCore:
         calibration = Draw(_CALIBRATION_IMAGES, self.seed)
         count, grid = 0, (0, 0)
         with _timed(summary, "features"):
-            for names, _, patches, grid in self._patches(images, "fit", strict, progress):
-                ids = _patch_ids(count, len(names), grid)
+            for batch, patches, grid in self._patches(images, "fit", strict, progress):
+                ids = _patch_ids(count, len(batch), grid)
                 candidates.add(patches.flatten(0, 1), ids)
-                calibration.add(patches, torch.arange(count, count + len(names)))
-                count += len(names)
+                calibration.add(patches, torch.arange(count, count + len(batch)))
+                count += len(batch)
         if not count:
             raise ValueError(self._nothing_left("fit"))
         with _timed(summary, "coreset"):
@@ -220,15 +221,15 @@ class PatchCore:
         """Score images one batch at a time, in order; arguments and errors as ``score``."""
         self._check_fitted("score")
         scoring = SCORINGS[self.scoring]
-        for names, pixels, patches, grid in self._patches(images, "score", strict, progress):
+        for batch, patches, grid in self._patches(images, "score", strict, progress):
             found = self.bank.search(patches.flatten(0, 1))
-            distances = found.distances.view(len(names), -1)  # [B, P]
-            indices = found.indices.view(len(names), -1)
+            distances = found.distances.view(len(batch), -1)  # [B, P]
+            indices = found.indices.view(len(batch), -1)
             scores = scoring.image_scores(distances, indices, patches, self.bank)
             patch_scores = scoring.patch_scores(distances).view(-1, *grid)
             maps = scoring.pixel_maps(patch_scores, self.image_size)
-            for i, name in enumerate(names):
-                yield ScoredImage(name, pixels[i], float(scores[i]), maps[i])
+            for image, value, heat_map in zip(batch, scores.tolist(), maps, strict=True):
+                yield ScoredImage(image.name, image.pixels, value, heat_map, image.shape)
 
     def save(self, path: PathLike, *, force: bool = False) -> None:
         """Write the model to a folder; an interrupted save leaves an older one whole.
@@ -289,18 +290,18 @@ class PatchCore:
 
     def _patches(
         self, images: ImageInput, verb: str, strict: bool, progress: bool
-    ) -> Iterator[tuple[list[str], Tensor, Tensor, tuple[int, int]]]:
-        """Yield names, pixels (B, 3, H, W), patches (B, P, D) and the grid (h, w), P = h w."""
+    ) -> Iterator[tuple[list[NamedImage], Tensor, tuple[int, int]]]:
+        """Yield images, their patches (B, P, D) and the grid (h, w), P = h w."""
         op = f"PatchCore.{verb}"
         stream = ImageStream(images, op=op, size=self.image_size, strict=strict)
         self.skipped = stream.skipped
         with _bar(progress, verb, stream.length) as update:
-            for names, pixels in batched(stream, self.batch_size):
+            for batch, pixels in batched(stream, self.batch_size):
                 patches, grid = self._embed(pixels)
-                _check_patches(op, names, patches)
+                _check_patches(op, batch, patches)
                 self.skipped = stream.skipped
-                yield names, pixels, patches, grid
-                update(len(names))
+                yield batch, patches, grid
+                update(len(batch))
         self.skipped = stream.skipped
 
     def _embed(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -361,10 +362,10 @@ class PatchCore:
         )
 
 
-def _check_patches(op: str, names: Sequence[str], patches: Tensor) -> None:
+def _check_patches(op: str, images: Sequence[NamedImage], patches: Tensor) -> None:
     finite = torch.isfinite(patches).flatten(1).all(dim=1)
     if not finite.all():
-        name = names[int(finite.int().argmin())]
+        name = images[int(finite.int().argmin())].name
         message = f"{op}: backbone must give finite features, got NaN or infinity for {name}"
         raise ValueError(message)
 
