@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -56,7 +57,8 @@ std::pair<std::int64_t, std::int64_t> bind_knn(const Matrix& queries,
                                                std::uintptr_t distances,
                                                std::uintptr_t indices,
                                                int num_threads,
-                                               const std::string& isa_name) {
+                                               const std::string& isa_name,
+                                               const PackedMemory* packed) {
     const KnnParams params{to_rows(queries),
                            to_rows(memory),
                            k,
@@ -64,9 +66,18 @@ std::pair<std::int64_t, std::int64_t> bind_knn(const Matrix& queries,
                            to_pointer<float>(distances),
                            to_pointer<std::int64_t>(indices)};
     const KnnCounters counters = run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
-        return knn_cpu(params, isa, execution);
+        return knn_cpu(params, packed, isa, execution);
     });
     return {counters.reranked, counters.exhaustive};
+}
+
+std::unique_ptr<PackedMemory> bind_pack(const Matrix& memory,
+                                        Metric metric,
+                                        int num_threads,
+                                        const std::string& isa_name) {
+    return run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
+        return std::make_unique<PackedMemory>(to_rows(memory), metric, isa, execution);
+    });
 }
 
 std::pair<std::int64_t, std::int64_t> bind_farthest(const Matrix& rows,
@@ -117,6 +128,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         .value("cosine", Metric::kCosine)
         .value("inner_product", Metric::kInnerProduct);
 
+    py::class_<PackedMemory>(m, "PackedMemory")
+        .def(py::init(&bind_pack),
+             py::arg("memory"),
+             py::arg("metric"),
+             py::arg("num_threads"),
+             py::arg("isa") = "");
+
     m.def("isas", &bind_isas);
     m.def("check_finite",
           &bind_check_finite,
@@ -132,7 +150,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("distances"),
           py::arg("indices"),
           py::arg("num_threads"),
-          py::arg("isa") = "");
+          py::arg("isa") = "",
+          py::arg("packed") = nullptr);
     m.def("farthest_cpu",
           &bind_farthest,
           py::arg("rows"),

@@ -11,6 +11,11 @@ class Metric(Enum):
     cosine = ...
     inner_product = ...
 
+class PackedMemory:
+    def __init__(
+        self, memory: _Matrix, metric: Metric, num_threads: int, isa: str = ""
+    ) -> None: ...
+
 def isas() -> list[str]: ...
 def check_finite(rows: _Matrix, name: str, num_threads: int) -> None: ...
 def knn_cpu(
@@ -22,6 +27,7 @@ def knn_cpu(
     indices: int,
     num_threads: int,
     isa: str = "",
+    packed: PackedMemory | None = None,
 ) -> tuple[int, int]: ...
 def farthest_cpu(
     rows: _Matrix,

@@ -12,8 +12,10 @@ torch.library.define(
 )
 
 
-@torch.library.impl("pyfeat::knn", "CPU")
-def _knn_cpu(queries: Tensor, memory: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+def search_cpu(
+    queries: Tensor, memory: Tensor, k: int, metric: str, packed: _C.PackedMemory | None = None
+) -> tuple[Tensor, Tensor]:
+    """The kernel itself; ``packed`` is ``memory`` in packed form, made beforehand."""
     queries = with_contiguous_rows(queries)
     memory = with_contiguous_rows(memory)
     distances = queries.new_empty((queries.shape[0], k))
@@ -26,8 +28,14 @@ def _knn_cpu(queries: Tensor, memory: Tensor, k: int, metric: str) -> tuple[Tens
         distances.data_ptr(),
         indices.data_ptr(),
         torch.get_num_threads(),
+        packed=packed,
     )
     return distances, indices
+
+
+@torch.library.impl("pyfeat::knn", "CPU")
+def _knn_cpu(queries: Tensor, memory: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    return search_cpu(queries, memory, k, metric)
 
 
 def _knn_fake(queries: Tensor, memory: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyfeat._checks import as_tensor, check_choice, check_features, check_finite
+from pyfeat import _C
+from pyfeat._checks import (
+    as_matrix,
+    as_tensor,
+    check_choice,
+    check_features,
+    check_finite,
+    check_k,
+)
+from pyfeat._ops import search_cpu
 from pyfeat._storage import PathLike, load_tensors, save_tensors
 from pyfeat.search import METRICS, Coreset, Metric, Neighbours, greedy_coreset, knn
 
@@ -24,7 +33,8 @@ class MemoryBank:
         metric: Distance of ``search``, as in ``pyfeat.knn``.
         ids: (N,) or (N, c) int64; None numbers the rows in the order in which they are added.
 
-    Memory: the features, and room for up to as many again while the bank grows.
+    Memory: the features, and room for up to as many again while the bank grows; from the first search
+    on also a packed copy, of the same size, or half where the processor multiplies bfloat16.
 
     Examples:
         >>> bank = MemoryBank(torch.eye(3), ids=torch.tensor([10, 11, 12]))
@@ -45,6 +55,8 @@ class MemoryBank:
         self._ids = torch.empty((0,), dtype=torch.int64)  # [capacity] or [capacity, c]
         self._size = 0
         self._next_id = 0
+        self._packed: _C.PackedMemory | None = None
+        self._packed_version = -1  # of the features that were packed
         if features is not None:
             self.add(features, ids)
         elif ids is not None:
@@ -98,6 +110,7 @@ class MemoryBank:
         self._features[self._size : end] = rows
         self._ids[self._size : end] = row_ids
         self._size = end
+        self._packed = None
         if row_ids.ndim == 1 and len(row_ids):
             self._next_id = max(self._next_id, int(row_ids.max()) + 1)
 
@@ -131,12 +144,13 @@ class MemoryBank:
             raise KeyError(message)
         keep = ~torch.isin(held, asked)
         removed = len(self) - int(keep.sum())
-        self._features, self._ids = self.features[keep], self.ids[keep]
-        self._size = self._features.shape[0]
+        self._keep(keep)
         return removed
 
     def search(self, queries: Tensor, k: int = 1) -> Neighbours:
-        """The k nearest rows of every query: ``pyfeat.knn`` against the bank.
+        """The k nearest rows of every query, as ``pyfeat.knn`` finds them.
+
+        The first search packs the bank; until it changes, others start at once.
 
         Args:
             queries: (Q, D) float32.
@@ -149,7 +163,19 @@ class MemoryBank:
             TypeError: If queries are not float32.
             ValueError: As ``pyfeat.knn``.
         """
-        return knn(queries, self.features, k, metric=self.metric)
+        op = "MemoryBank.search"
+        check_features(op, "queries", queries, dim=self._features.shape[1])
+        check_k(op, k, len(self))
+        if queries.device.type != "cpu" or self._features.device.type != "cpu":
+            return knn(queries, self.features, k, metric=self.metric)
+        # The version of a tensor counts the writes to it, also those through a view of ``features``.
+        if self._packed is None or self._packed_version != self._features._version:
+            self._packed = _C.PackedMemory(
+                as_matrix(self.features), getattr(_C.Metric, self.metric), torch.get_num_threads()
+            )
+            self._packed_version = self._features._version
+        found = search_cpu(queries.detach(), self.features, k, self.metric, self._packed)
+        return Neighbours(*found)
 
     def coreset(
         self,
@@ -178,9 +204,7 @@ class MemoryBank:
             seed=seed,
             progress=progress,
         )
-        self._features = self.features[coreset.indices]
-        self._ids = self.ids[coreset.indices]
-        self._size = self._features.shape[0]
+        self._keep(coreset.indices)
         return coreset
 
     def save(self, path: PathLike) -> None:
@@ -214,6 +238,12 @@ class MemoryBank:
         bank = cls(tensors["features"], metric=metric, ids=tensors["ids"])  # type: ignore[arg-type]
         bank._next_id = int(str(header["next_id"]))
         return bank
+
+    def _keep(self, rows: Tensor) -> None:
+        """Keep the given rows, a mask or indices, in their order."""
+        self._features, self._ids = self.features[rows], self.ids[rows]
+        self._size = self._features.shape[0]
+        self._packed = None
 
     def _ids_for(self, op: str, count: int, ids: Tensor | NDArray[Any] | None) -> Tensor:
         if ids is None:

@@ -50,6 +50,8 @@ def test_a_planted_defect_scores_highest_and_is_where_the_map_peaks(scoring: Sco
     fitted = model(scoring=scoring, image_size=size).fit(plates(12, seed=1, size=size))
     assert fitted.grid == (12, 24)
     assert_finds_the_defect(fitted, size)
+    lengths = fitted.bank.features.norm(dim=1)
+    assert torch.allclose(lengths, torch.ones(()), atol=1e-6) == (scoring == "anomalydino")
 
 
 def test_efficientnet_lite0_finds_the_defect() -> None:
@@ -159,13 +161,11 @@ def test_the_bank_holds_the_stated_share_of_the_candidates(
     assert set(summary.seconds) == {"features", "coreset", "threshold"}
 
 
-def test_candidates_are_drawn_from_all_images_alike() -> None:
-    fitted = model(Means(), candidates=1200, coreset_ratio=1.0, batch_size=7)
-    counts = fitted.fit(plates(100, seed=1)).bank.ids[:, 0].bincount(minlength=100)
-    # 12 of each on average, with a variance of 12 x 0.81: 5 standard deviations.
-    assert counts.min() > 0
-    assert counts.max() < 28
-    assert abs(int(counts[:50].sum()) - 600) < 5 * math.sqrt(1200 / 4)
+def test_the_seed_decides_both_the_candidates_and_the_coreset() -> None:
+    train = plates(12, seed=1)
+    for options in ({"candidates": 50, "coreset_ratio": 1.0}, {"candidates": None}):
+        one, other = (model(Means(), seed=s, **options).fit(train).bank.ids for s in (1, 2))
+        assert sorted(one.tolist()) != sorted(other.tolist())
 
 
 def patch(maps: list[Tensor], row: int, column: int) -> Tensor:

@@ -369,3 +369,25 @@ def test_a_failed_save_leaves_the_older_file_as_it_was(
             MemoryBank(torch.eye(4)).save(target)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_search_never_answers_from_an_older_state() -> None:
+    bank = MemoryBank(torch.randn(500, 8))
+    queries = torch.randn(20, 8)
+
+    def check() -> None:
+        expected = pyfeat.knn(queries, bank.features, 2)
+        found = bank.search(queries, 2)
+        assert torch.equal(found.indices, expected.indices)
+        assert torch.equal(found.distances, expected.distances)
+
+    check()
+    bank.add(queries + 0.01)
+    check()
+    bank.remove(bank.ids[bank.search(queries).indices[:, 0]])
+    check()
+    bank.features[3] = queries[0]
+    check()
+    assert bank.search(queries).indices[0, 0] == 3
+    bank.coreset(size=100)
+    check()
