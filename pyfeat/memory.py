@@ -66,6 +66,9 @@ class MemoryBank:
     def __len__(self) -> int:
         return self._size
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # copies and pickles pack again
+
     def __repr__(self) -> str:
         return f"MemoryBank({len(self)} x {self.features.shape[1]}, metric={self.metric!r})"
 
@@ -164,8 +167,8 @@ class MemoryBank:
             ValueError: As ``pyfeat.knn``.
         """
         op = "MemoryBank.search"
-        check_features(op, "queries", queries, dim=self._features.shape[1])
         check_k(op, k, len(self))
+        check_features(op, "queries", queries, dim=self._features.shape[1])
         if queries.device.type != "cpu" or self._features.device.type != "cpu":
             return knn(queries, self.features, k, metric=self.metric)
         # The version of a tensor counts the writes to it, also those through a view of ``features``.
