@@ -1,6 +1,6 @@
 """The long proof: every query of every size against float64 direct differences.
 
-``python -m benchmarks.prove_exactness`` takes about half an hour on two cores; a short version is
+``python -m benchmarks.prove_exactness`` takes about a quarter of an hour on two cores; a short version is
 in the test suite.
 """
 

@@ -42,7 +42,9 @@ def test_the_python_snippets_run_in_order(photos: Path, capsys: pytest.CaptureFi
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), scope)
     printed = capsys.readouterr().out
-    assert "tensor([[0.]])" in printed
+    missed_by_cdist, missed = re.findall(r"tensor\((\d+)\)", printed)
+    assert int(missed_by_cdist) > 50
+    assert int(missed) == 0
     assert "200 " in printed
 
 

@@ -74,7 +74,7 @@ class PatchCore:
         ValueError: If an argument is out of range.
         ImportError: If an optional package of the backbone is missing.
 
-    Memory: images are streamed; a fit holds the candidates, 4 D bytes each, and scoring one batch.
+    Memory: images are streamed; a fit holds at most 12 D bytes a candidate, and scoring one batch.
     Source: Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022,
     arXiv:2106.08265.
     """
