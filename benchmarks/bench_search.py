@@ -15,7 +15,7 @@ from pyfeat._checks import as_matrix
 
 # Queries, rows, width, neighbours.
 SHAPES = [(12_544, 65_536, 384, 1), (784, 16_384, 1_536, 1), (784, 16_384, 1_536, 9)]
-CORESET_SHAPE = (20_000, 152, 40)  # rows, width, picks
+CORESET_SHAPE = (156_800, 152, 20)  # rows, width, picks
 
 
 def search_tables() -> Iterator[str]:

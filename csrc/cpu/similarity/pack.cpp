@@ -83,9 +83,15 @@ std::vector<double> sampled_mean(const Rows& memory, Metric metric, const Kernel
 
 }  // namespace
 
-AlignedFloats::AlignedFloats(std::size_t count)
-    : data_(static_cast<float*>(
-          ::operator new(std::max<std::size_t>(count, 1) * sizeof(float), std::align_val_t{64}))) {}
+void AlignedFloats::reserve(std::int64_t count) {
+    if (data_ == nullptr || count > capacity_) {
+        const auto bytes =
+            static_cast<std::size_t>(std::max<std::int64_t>(count, 1)) * sizeof(float);
+        data_.reset();
+        data_.reset(static_cast<float*>(::operator new(bytes, std::align_val_t{64})));
+        capacity_ = count;
+    }
+}
 
 void AlignedFloats::Free::operator()(float* p) const {
     ::operator delete(p, std::align_val_t{64});
@@ -146,24 +152,24 @@ Frame choose_frame(const Rows& memory,
     return frame;
 }
 
-PackedRows pack_memory(const Rows& memory,
-                       std::int64_t first_row,
-                       std::int64_t num_rows,
-                       const Frame& frame,
-                       const Kernels& kernels,
-                       Execution& execution) {
+void pack_memory(const Rows& memory,
+                 std::int64_t first_row,
+                 std::int64_t num_rows,
+                 const Frame& frame,
+                 const Kernels& kernels,
+                 Execution& execution,
+                 PackedRows& packed) {
     const int width = kernels.tile_rows;
     const std::int64_t dim = memory.dim;
     const std::int64_t num_panels = count_panels(num_rows, width);
     const std::int64_t panel_words = kernels.words(dim) * width;
-    const auto slots = static_cast<std::size_t>(num_panels * width);
-    PackedRows packed{first_row,
-                      num_rows,
-                      num_panels,
-                      panel_words,
-                      AlignedFloats(static_cast<std::size_t>(num_panels * panel_words)),
-                      AlignedFloats(slots),
-                      std::vector<PanelBounds>(static_cast<std::size_t>(num_panels))};
+    packed.first_row = first_row;
+    packed.num_rows = num_rows;
+    packed.num_panels = num_panels;
+    packed.panel_words = panel_words;
+    packed.values.reserve(num_panels * panel_words);
+    packed.row_terms.reserve(num_panels * width);
+    packed.bounds.resize(static_cast<std::size_t>(num_panels));
     const bool euclidean =
         frame.metric == Metric::kEuclidean || frame.metric == Metric::kSquaredEuclidean;
     execution.parallel_for(num_panels, [&](std::int64_t p, int) {
@@ -198,7 +204,6 @@ PackedRows pack_memory(const Rows& memory,
         packed.bounds[static_cast<std::size_t>(p)] =
             bounds_of_panel(largest_residual, largest_norm, largest_term, dim);
     });
-    return packed;
 }
 
 PackedQueries pack_queries(const Rows& queries,
@@ -215,9 +220,10 @@ PackedQueries pack_queries(const Rows& queries,
     PackedQueries packed{num_queries,
                          num_panels,
                          panel_words,
-                         AlignedFloats(static_cast<std::size_t>(num_panels * panel_words)),
+                         AlignedFloats(),
                          std::vector<double>(slots, kNaN),
                          std::vector<double>(slots, kNaN)};
+    packed.values.reserve(num_panels * panel_words);
     execution.parallel_for(num_panels, [&](std::int64_t p, int) {
         float* panel = packed.values.data() + p * panel_words;
         const std::int64_t first = p * width;

@@ -13,9 +13,12 @@
 
 namespace pyfeat {
 
+// Floats on a 64-byte boundary, uninitialised.
 class AlignedFloats {
   public:
-    explicit AlignedFloats(std::size_t count);
+    // Room for `count` values; what was there is lost if that takes a new block.
+    void reserve(std::int64_t count);
+
     float* data() {
         return data_.get();
     }
@@ -28,6 +31,7 @@ class AlignedFloats {
         void operator()(float* p) const;
     };
     std::unique_ptr<float, Free> data_;
+    std::int64_t capacity_ = 0;
 };
 
 // The coordinates in which rows are packed. Distances do not change when a common mean is
@@ -71,12 +75,14 @@ struct PackedRows {
     }
 };
 
-PackedRows pack_memory(const Rows& memory,
-                       std::int64_t first_row,
-                       std::int64_t num_rows,
-                       const Frame& frame,
-                       const Kernels& kernels,
-                       Execution& execution);
+// Fills `packed`, whose buffers are used again: new ones would cost a page fault every 4 KB.
+void pack_memory(const Rows& memory,
+                 std::int64_t first_row,
+                 std::int64_t num_rows,
+                 const Frame& frame,
+                 const Kernels& kernels,
+                 Execution& execution,
+                 PackedRows& packed);
 
 // A range of queries, MR to a panel; norm is NaN for the queries that fill up the last panel.
 struct PackedQueries {

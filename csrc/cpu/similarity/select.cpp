@@ -20,8 +20,11 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Half for packed memory, half for packed queries and their shortlists: under 256 MB in all.
-constexpr std::int64_t kMemoryBudgetBytes = 112LL << 20;
+// A search packs this much of the memory at a time: about what the last-level cache holds, and
+// enough for the threads to be busy between two barriers. A memory packed for keeps has larger
+// chunks. With the packed queries and their shortlists the workspace stays well under 256 MB.
+constexpr std::int64_t kChunkBytes = 16LL << 20;
+constexpr std::int64_t kKeptChunkBytes = 1LL << 30;
 constexpr std::int64_t kQueryBudgetBytes = 96LL << 20;
 constexpr std::int64_t kLargestShortlistK = 1024;
 constexpr std::int64_t kLargestTileDim = 1LL << 20;  // D u < 1/2 with room, as the bound assumes
@@ -46,7 +49,7 @@ class TileSearch {
         // into slices of the memory with shortlists of their own, joined at the end.
         const std::int64_t wanted = 4LL * execution.num_threads();
         panels_per_task_ =
-            std::clamp<std::int64_t>(queries_.num_panels / wanted, 1, kQueryPanelsPerTask);
+            std::clamp<std::int64_t>(queries_.num_panels / (4 * wanted), 1, kQueryPanelsPerTask);
         num_groups_ = (queries_.num_panels + panels_per_task_ - 1) / panels_per_task_;
         const std::int64_t num_slices =
             execution.num_threads() == 1 ? 1 : (wanted + num_groups_ - 1) / num_groups_;
@@ -215,9 +218,9 @@ std::int64_t even_chunk(std::int64_t total, std::int64_t largest, std::int64_t m
 }
 
 // Rows of the memory that one packed chunk may hold.
-std::int64_t rows_per_chunk(const Rows& memory, const Kernels& kernels) {
+std::int64_t rows_per_chunk(const Rows& memory, const Kernels& kernels, std::int64_t bytes) {
     const std::int64_t row_bytes = std::max<std::int64_t>(4 * kernels.words(memory.dim), 1);
-    return even_chunk(memory.num_rows, kMemoryBudgetBytes / row_bytes, kernels.tile_rows);
+    return even_chunk(memory.num_rows, bytes / row_bytes, kernels.tile_rows);
 }
 
 // With this many neighbours the float64 distances cost more than the tiles would save.
@@ -233,10 +236,10 @@ PackedMemory::PackedMemory(const Rows& memory, Metric metric, Isa isa, Execution
     const Kernels& kernels = kernels_for(isa);
     check_finite(memory, "knn: memory", kernels, execution);
     frame = choose_frame(memory, metric, kernels, execution);
-    const std::int64_t chunk = rows_per_chunk(memory, kernels);
+    const std::int64_t chunk = rows_per_chunk(memory, kernels, kKeptChunkBytes);
     for (std::int64_t row = 0; row < num_rows; row += chunk) {
         const std::int64_t count = std::min(chunk, num_rows - row);
-        chunks.push_back(pack_memory(memory, row, count, frame, kernels, execution));
+        pack_memory(memory, row, count, frame, kernels, execution, chunks.emplace_back());
     }
 }
 
@@ -278,19 +281,21 @@ KnnCounters knn_cpu(const KnnParams& params,
         4 * kernels.words(memory.dim) + Shortlists::bytes_per_query(params.k);
     const std::int64_t query_chunk =
         even_chunk(queries.num_rows, kQueryBudgetBytes / query_bytes, kernels.tile_queries);
-    const std::int64_t memory_chunk = rows_per_chunk(memory, kernels);
+    const std::int64_t chunk_rows = rows_per_chunk(memory, kernels, kChunkBytes);
+    PackedRows chunk;
 
     for (std::int64_t first = 0; first < queries.num_rows; first += query_chunk) {
         const std::int64_t count = std::min(query_chunk, queries.num_rows - first);
         TileSearch search(params, kernels, execution, frame, first, count);
         if (packed != nullptr) {
-            for (const PackedRows& chunk : packed->chunks) {
-                search.search(chunk);
+            for (const PackedRows& kept : packed->chunks) {
+                search.search(kept);
             }
         } else {
-            for (std::int64_t row = 0; row < memory.num_rows; row += memory_chunk) {
-                const std::int64_t rows = std::min(memory_chunk, memory.num_rows - row);
-                search.search(pack_memory(memory, row, rows, frame, kernels, execution));
+            for (std::int64_t row = 0; row < memory.num_rows; row += chunk_rows) {
+                const std::int64_t rows = std::min(chunk_rows, memory.num_rows - row);
+                pack_memory(memory, row, rows, frame, kernels, execution, chunk);
+                search.search(chunk);
             }
         }
         const std::vector<std::int64_t> overflowed = search.finish(counters);

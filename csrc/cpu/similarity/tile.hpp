@@ -2,6 +2,7 @@
 // What is common to the tiles of every precision.
 #pragma once
 
+#include "cpu/similarity/distances.hpp"
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/simd.hpp"
 
@@ -43,25 +44,43 @@ bool mark_scores(float* products,
     return any != 0;
 }
 
-// Transforms a row, hands every value to keep(d, x), which stores it and returns what it stored,
-// and measures the difference.
-template <typename Keep>
+// Transforms a row in blocks: round(values) rounds the values of a block in place to what is
+// stored, put(d, values) stores them from feature d on, and the difference is measured. The last
+// block is filled up with zeros, of which put must store no more than the panel has room for.
+template <typename Round, typename Put>
 inline pyfeat::PackedRow transform_row(const float* row,
                                        double row_scale,
                                        std::int64_t dim,
                                        const pyfeat::Transform& transform,
-                                       Keep keep) {
+                                       Round round,
+                                       Put put) {
     const double* mean = transform.mean;
     const double scale = transform.scale;
-    pyfeat::PackedRow packed{0.0, 0.0, 0.0};
-    for (std::int64_t d = 0; d < dim; ++d) {
-        const double x = (static_cast<double>(row[d]) * row_scale - mean[d]) * scale;
-        const double residual = x - static_cast<double>(keep(d, static_cast<float>(x)));
-        packed.squared_norm += x * x;
-        packed.squared_residual += residual * residual;
-        packed.mean_product += x * (mean[d] * scale);
+    PartialSums norm, residual, product;
+    const auto block = [&](std::int64_t first, int count) {
+        float values[kSums] = {};
+        double exact[kSums] = {};
+        for (int i = 0; i < count; ++i) {
+            exact[i] = (static_cast<double>(row[first + i]) * row_scale - mean[first + i]) * scale;
+            values[i] = static_cast<float>(exact[i]);
+            norm.at[i] += exact[i] * exact[i];
+            product.at[i] += exact[i] * (mean[first + i] * scale);
+        }
+        round(values);
+        for (int i = 0; i < kSums; ++i) {
+            const double lost = exact[i] - static_cast<double>(values[i]);
+            residual.at[i] += lost * lost;
+        }
+        put(first, values);
+    };
+    const std::int64_t whole = dim - dim % kSums;
+    for (std::int64_t d = 0; d < whole; d += kSums) {
+        block(d, kSums);
     }
-    return packed;
+    if (whole < dim) {
+        block(whole, static_cast<int>(dim - whole));
+    }
+    return {norm.total(), residual.total(), product.total()};
 }
 
 }  // namespace

@@ -45,23 +45,29 @@ pyfeat::PackedRow pack_row(const float* row,
                            float* panel,
                            int width,
                            int lane) {
-    auto* halves = reinterpret_cast<char*>(panel);
-    const auto put = [=](std::int64_t d, std::uint16_t bits) {
-        std::memcpy(halves + 4 * ((d / 2) * width + lane) + 2 * (d % 2), &bits, sizeof(bits));
-    };
-    if (dim % 2 != 0) {
-        put(dim, 0);
-    }
-    return transform_row(row, row_scale, dim, transform, [=](std::int64_t d, float x) {
-        std::uint32_t word = 0;
-        std::memcpy(&word, &x, sizeof(word));
-        word += 0x7FFFU + ((word >> 16) & 1U);  // to nearest, ties to even
-        word &= 0xFFFF0000U;
-        put(d, static_cast<std::uint16_t>(word >> 16));
-        float stored = 0.0F;
-        std::memcpy(&stored, &word, sizeof(stored));
-        return stored;
-    });
+    return transform_row(
+        row,
+        row_scale,
+        dim,
+        transform,
+        [](float* values) {
+            std::uint32_t bits[kSums];
+            std::memcpy(bits, values, sizeof(bits));
+            for (std::uint32_t& word : bits) {
+                word += 0x7FFFU + ((word >> 16) & 1U);  // to nearest, ties to even
+                word &= 0xFFFF0000U;
+            }
+            std::memcpy(values, bits, sizeof(bits));
+        },
+        [=](std::int64_t first, const float* values) {
+            std::uint32_t bits[kSums];
+            std::memcpy(bits, values, sizeof(bits));
+            const std::int64_t count = dim - first < kSums ? dim - first : kSums;
+            for (std::int64_t i = 0; i < count; i += 2) {
+                const std::uint32_t pair = (bits[i] >> 16) | bits[i + 1];
+                std::memcpy(panel + (first + i) / 2 * width + lane, &pair, sizeof(pair));
+            }
+        });
 }
 
 }  // namespace

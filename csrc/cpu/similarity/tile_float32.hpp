@@ -35,10 +35,18 @@ pyfeat::PackedRow pack_row(const float* row,
                            float* panel,
                            int width,
                            int lane) {
-    return transform_row(row, row_scale, dim, transform, [=](std::int64_t d, float x) {
-        panel[d * width + lane] = x;
-        return x;
-    });
+    return transform_row(
+        row,
+        row_scale,
+        dim,
+        transform,
+        [](float*) {},
+        [=](std::int64_t first, const float* values) {
+            const std::int64_t count = dim - first < kSums ? dim - first : kSums;
+            for (std::int64_t i = 0; i < count; ++i) {
+                panel[(first + i) * width + lane] = values[i];
+            }
+        });
 }
 
 }  // namespace
