@@ -4,11 +4,13 @@ Rivals take turns within one run, each with the same number of threads, and only
 medians are compared: other work on the machine then slows all of them alike.
 """
 
+import multiprocessing
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +51,13 @@ def take_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int) -
             run()
             seconds[name].append(time.perf_counter() - began)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def in_fresh_process(measure: Callable[..., float], *arguments: object) -> float:
+    """Call a function of a module in a process of its own, which has no memory to use again."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, *arguments).result()
 
 
 def peak_memory_mb(run: Callable[[], object]) -> float:
