@@ -8,15 +8,29 @@
 
 namespace {
 
-inline void clear(Floats (&sums)[kTileQueries][kTileVectors]) {
+// products = sum over words of accumulate(query word, row words, sum), all sums in registers.
+template <Floats (*accumulate)(Floats query, Floats rows, Floats sum)>
+inline void multiply_panels(std::int64_t words, const float* a, const float* b, float* products) {
+    Floats sums[kTileQueries][kTileVectors];
     for (int r = 0; r < kTileQueries; ++r) {
         for (int v = 0; v < kTileVectors; ++v) {
             sums[r][v] = zero();
         }
     }
-}
-
-inline void store(float* products, const Floats (&sums)[kTileQueries][kTileVectors]) {
+    for (std::int64_t w = 0; w < words; ++w) {
+        Floats rows[kTileVectors];
+        for (int v = 0; v < kTileVectors; ++v) {
+            rows[v] = load(b + v * kLanes);
+        }
+        for (int r = 0; r < kTileQueries; ++r) {
+            const Floats query = broadcast(a[r]);
+            for (int v = 0; v < kTileVectors; ++v) {
+                sums[r][v] = accumulate(query, rows[v], sums[r][v]);
+            }
+        }
+        a += kTileQueries;
+        b += kTileRows;
+    }
     for (int r = 0; r < kTileQueries; ++r) {
         for (int v = 0; v < kTileVectors; ++v) {
             store(products + r * kTileRows + v * kLanes, sums[r][v]);

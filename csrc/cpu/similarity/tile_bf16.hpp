@@ -11,31 +11,15 @@ namespace {
 
 constexpr int kPackedValues = 2;
 
-inline __m512bh as_pairs(__m512 words) {
-    return reinterpret_cast<__m512bh>(words);
-}
-
 // Products of bfloat16 are exact in float32, so every feature costs one rounding, as in float32
 // tiles. The instruction flushes subnormal numbers; the error bound allows for that.
+inline Floats accumulate_pairs(Floats query, Floats rows, Floats sum) {
+    return _mm512_dpbf16_ps(
+        sum, reinterpret_cast<__m512bh>(query), reinterpret_cast<__m512bh>(rows));
+}
+
 void tile_product(std::int64_t dim, const float* a, const float* b, float* products) {
-    Floats sums[kTileQueries][kTileVectors];
-    clear(sums);
-    const std::int64_t words = (dim + 1) / 2;
-    for (std::int64_t w = 0; w < words; ++w) {
-        __m512bh rows[kTileVectors];
-        for (int v = 0; v < kTileVectors; ++v) {
-            rows[v] = as_pairs(load(b + v * kLanes));
-        }
-        for (int r = 0; r < kTileQueries; ++r) {
-            const __m512bh query = as_pairs(broadcast(a[r]));
-            for (int v = 0; v < kTileVectors; ++v) {
-                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], query, rows[v]);
-            }
-        }
-        a += kTileQueries;
-        b += kTileRows;
-    }
-    store(products, sums);
+    multiply_panels<accumulate_pairs>((dim + 1) / 2, a, b, products);
 }
 
 pyfeat::PackedRow pack_row(const float* row,

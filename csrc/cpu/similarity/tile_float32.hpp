@@ -9,23 +9,7 @@ namespace {
 constexpr int kPackedValues = 1;
 
 void tile_product(std::int64_t dim, const float* a, const float* b, float* products) {
-    Floats sums[kTileQueries][kTileVectors];
-    clear(sums);
-    for (std::int64_t d = 0; d < dim; ++d) {
-        Floats rows[kTileVectors];
-        for (int v = 0; v < kTileVectors; ++v) {
-            rows[v] = load(b + v * kLanes);
-        }
-        for (int r = 0; r < kTileQueries; ++r) {
-            const Floats query = broadcast(a[r]);
-            for (int v = 0; v < kTileVectors; ++v) {
-                sums[r][v] = multiply_add(query, rows[v], sums[r][v]);
-            }
-        }
-        a += kTileQueries;
-        b += kTileRows;
-    }
-    store(products, sums);
+    multiply_panels<multiply_add>(dim, a, b, products);
 }
 
 pyfeat::PackedRow pack_row(const float* row,
