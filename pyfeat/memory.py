@@ -160,7 +160,8 @@ class MemoryBank:
             k: 1 <= k <= len(bank).
 
         Returns:
-            ``distances`` (Q, k) float32 and ``indices`` (Q, k) int64 into ``features`` and ``ids``.
+            ``distances`` (Q, k) float32, detached, and ``indices`` (Q, k) int64 into ``features`` and
+            ``ids``.
 
         Raises:
             TypeError: If queries are not float32.

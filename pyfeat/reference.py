@@ -37,7 +37,7 @@ def pairwise_distances(queries: Tensor, memory: Tensor, metric: str) -> Tensor:
             parts.append((chunk[:, None] - x).square().sum(-1))
     distances = torch.cat(parts) if parts else q.new_empty((0, len(x)))
     if metric == "euclidean":
-        return distances.sqrt()
+        return _sqrt(distances)
     if metric == "cosine":
         return (0.5 * distances).where(~zero, 1.0)
     return distances
@@ -75,4 +75,10 @@ def greedy_coreset(
 
 
 def _norm(x: Tensor) -> Tensor:
-    return x.square().sum(-1, keepdim=True).sqrt()
+    return _sqrt(x.square().sum(-1, keepdim=True))
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0 instead of infinite."""
+    positive = x > 0
+    return x.where(positive, 1.0).sqrt().where(positive, 0.0)

@@ -103,8 +103,10 @@ def knn(
     Precision: equal to float64 brute force by direct differences for any shift or scale of the data.
     Tiles run in float32 and decide, by a proven error bound, which rows may still be among the k
     nearest; these are ranked in float64. Distances are rounded to float32 once, at the end.
-    Memory: outputs plus a workspace of at most 256 MB; the (Q, N) matrix is never stored.
-    Gradients: none; the result is detached.
+    Memory: outputs plus a workspace of at most 256 MB, also in the backward pass; the (Q, N) matrix
+    is never stored.
+    Gradients: of the distances, once, by queries and memory; taken as 0 where a distance has none (at
+    distance 0, and for the cosine of a zero vector). Bit-identical for any thread count.
 
     Examples:
         >>> knn(torch.zeros(1, 2), torch.eye(2)).indices
@@ -130,9 +132,9 @@ def knn(
     if select_backend("knn", backend, q) == "reference":
         check_finite("knn", "queries", q)
         check_finite("knn", "memory", x)
-        distances, indices = reference.knn(q.detach(), x.detach(), k, metric)
+        distances, indices = reference.knn(q, x, k, metric)
     else:
-        distances, indices = _ops.knn(q.detach(), x.detach(), k, metric)
+        distances, indices = _ops.knn(q, x, k, metric)
     if numpy_in:
         return NumpyNeighbours(distances.numpy(), indices.numpy())
     return Neighbours(distances, indices)
