@@ -80,24 +80,28 @@ std::unique_ptr<PackedMemory> bind_pack(const Matrix& memory,
     });
 }
 
-std::pair<std::int64_t, std::int64_t> bind_farthest(const Matrix& rows,
-                                                    std::uintptr_t squared_distances,
-                                                    std::uintptr_t picks,
-                                                    std::uintptr_t squared_radii,
-                                                    std::int64_t num_picks,
-                                                    double stop_squared_radius,
-                                                    int num_threads,
-                                                    const std::string& isa_name) {
+std::tuple<std::int64_t, std::int64_t, std::int64_t> bind_farthest(const Matrix& rows,
+                                                                   std::uintptr_t squared_distances,
+                                                                   std::uintptr_t owners,
+                                                                   std::uintptr_t picks,
+                                                                   std::uintptr_t squared_radii,
+                                                                   std::int64_t first_pick,
+                                                                   std::int64_t num_picks,
+                                                                   double stop_squared_radius,
+                                                                   int num_threads,
+                                                                   const std::string& isa_name) {
     const FarthestParams params{to_rows(rows),
                                 to_pointer<double>(squared_distances),
+                                to_pointer<std::int32_t>(owners),
                                 to_pointer<std::int64_t>(picks),
                                 to_pointer<double>(squared_radii),
+                                first_pick,
                                 num_picks,
                                 stop_squared_radius};
     const FarthestResult result = run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
         return farthest_cpu(params, isa, execution);
     });
-    return {result.num_done, result.next_pick};
+    return {result.num_done, result.next_pick, result.num_distances};
 }
 
 void bind_check_finite(const Matrix& rows, const std::string& name, int num_threads) {
@@ -156,8 +160,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           &bind_farthest,
           py::arg("rows"),
           py::arg("squared_distances"),
+          py::arg("owners"),
           py::arg("picks"),
           py::arg("squared_radii"),
+          py::arg("first_pick"),
           py::arg("num_picks"),
           py::arg("stop_squared_radius"),
           py::arg("num_threads"),

@@ -37,9 +37,11 @@ struct KnnCounters {
 
 struct FarthestParams {
     Rows rows;                  // [N, D]
-    double* squared_distances;  // [N], to the nearest row picked so far; infinity before the first
-    std::int64_t* picks;        // [num_picks]; picks[0] is set by the caller
-    double* squared_radii;      // [num_picks], largest of squared_distances after each pick
+    double* squared_distances;  // [N], to the nearest pick; infinity before the first, -1 for picks
+    std::int32_t* owners;       // [N], which pick that is, as a position in `picks`
+    std::int64_t* picks;        // [first_pick + num_picks]; the first first_pick + 1 are set
+    double* squared_radii;      // the same; largest of squared_distances after each pick
+    std::int64_t first_pick;    // picks that squared_distances and owners know already
     std::int64_t num_picks;
     double stop_squared_radius;  // ends early once the largest distance is at or below this
 };

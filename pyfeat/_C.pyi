@@ -32,10 +32,12 @@ def knn_cpu(
 def farthest_cpu(
     rows: _Matrix,
     squared_distances: int,
+    owners: int,
     picks: int,
     squared_radii: int,
+    first_pick: int,
     num_picks: int,
     stop_squared_radius: float,
     num_threads: int,
     isa: str = "",
-) -> tuple[int, int]: ...
+) -> tuple[int, int, int]: ...

@@ -174,7 +174,8 @@ def greedy_coreset(
 
     Precision: distances by direct differences in float64: the picks equal those of a float64
     reference from the same start.
-    Memory: 8 N bytes beyond the result. One pass over the features for each pick.
+    Memory: 12 N bytes beyond the result. One pass over the rows for each pick, in which those that the
+    triangle inequality proves to be no nearer to it are passed over.
     Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; used for
     memory banks by Roth et al., PatchCore, CVPR 2022, arXiv:2106.08265.
 
@@ -201,6 +202,7 @@ def greedy_coreset(
     stop = -1.0 if radius is None else math.nextafter(radius * radius, math.inf)
 
     squared = torch.full((num_rows,), math.inf, dtype=torch.float64)
+    owners = torch.zeros(num_rows, dtype=torch.int32)
     picks = torch.empty(wanted, dtype=torch.int64)
     squared_radii = torch.empty(wanted, dtype=torch.float64)
     picks[0] = start
@@ -208,11 +210,13 @@ def greedy_coreset(
     with _progress_bar(progress, wanted) as bar:
         while True:
             began = time.perf_counter()
-            count, following = _C.farthest_cpu(
+            count, following, _ = _C.farthest_cpu(
                 as_matrix(x),
                 squared.data_ptr(),
-                picks[done:].data_ptr(),
-                squared_radii[done:].data_ptr(),
+                owners.data_ptr(),
+                picks.data_ptr(),
+                squared_radii.data_ptr(),
+                done,
                 batch,
                 stop,
                 torch.get_num_threads(),

@@ -82,3 +82,17 @@ def _scale(exact: Tensor, queries: Tensor, memory: Tensor, metric: str) -> Tenso
     if metric == "cosine":
         return torch.ones(len(exact), 1, dtype=torch.float64)
     return exact.max(dim=1, keepdim=True).values
+
+
+def make_features(kind: str, num_queries: int, num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Queries (Q, D) and memory (N, D): plain, shifted, duplicated or strided."""
+    queries, memory = torch.randn(num_queries, dim), torch.randn(num_rows, dim)
+    if kind == "shifted":
+        return queries + 1e6, memory + 1e6
+    if kind == "duplicated":
+        memory = memory[torch.arange(num_rows) // 2]
+        return memory[torch.arange(num_queries) % num_rows], memory
+    if kind == "strided":
+        wide = torch.randn(num_rows, 2 * dim + 3)
+        return torch.randn(dim, num_queries).T, wide[:, 1 : 2 * dim + 1 : 2]
+    return queries, memory

@@ -65,12 +65,19 @@ double squared_distance(const double* query, const float* row, double row_scale,
 
 pyfeat::Farthest farthest_pass(const pyfeat::Rows& rows,
                                const double* center,
-                               double* squared_distances) {
+                               std::int32_t pick,
+                               const double* unreachable,
+                               double* squared_distances,
+                               std::int32_t* owners) {
     pyfeat::Farthest farthest;
     for (std::int64_t i = 0; i < rows.num_rows; ++i) {
-        const double distance = squared_distance(center, rows.row(i), 1.0, rows.dim);
-        if (distance < squared_distances[i]) {
-            squared_distances[i] = distance;
+        if (squared_distances[i] > unreachable[owners[i]]) {
+            ++farthest.num_distances;
+            const double distance = squared_distance(center, rows.row(i), 1.0, rows.dim);
+            if (distance < squared_distances[i]) {
+                squared_distances[i] = distance;
+                owners[i] = pick;
+            }
         }
         if (squared_distances[i] > farthest.squared_distance) {
             farthest.squared_distance = squared_distances[i];

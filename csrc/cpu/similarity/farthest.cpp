@@ -9,20 +9,47 @@
 
 namespace pyfeat {
 
+namespace {
+
+// A float64 sum of D squares is off by at most (D + 3) 2^-53 of itself, so the computed squares of
+// |c - o| and of m stand for the true ones up to this factor each.
+double spare(std::int64_t dim) {
+    return 1.0 + 4.0 * (static_cast<double>(dim) + 4.0) * 0x1p-53;
+}
+
+}  // namespace
+
 FarthestResult farthest_cpu(const FarthestParams& params, Isa isa, Execution& execution) {
     const Rows& rows = params.rows;
     const Kernels& kernels = kernels_for(isa);
-    constexpr std::int64_t kRowsPerTask = 2048;
+    constexpr std::int64_t kRowsPerTask = 2048, kPicksPerTask = 256;
     const std::int64_t num_tasks = (rows.num_rows + kRowsPerTask - 1) / kRowsPerTask;
     std::vector<Farthest> farthest(static_cast<std::size_t>(num_tasks));
     std::vector<double> center(static_cast<std::size_t>(rows.dim));
+    // [picks so far]: squared distance of a row to its owner below which the new pick is no nearer.
+    std::vector<double> unreachable(static_cast<std::size_t>(params.first_pick + params.num_picks));
+    const double margin = 1.0 / (4.0 * spare(rows.dim) * spare(rows.dim));
 
-    std::int64_t pick = params.picks[0];
-    for (std::int64_t j = 0; j < params.num_picks; ++j) {
+    FarthestResult result;
+    result.next_pick = params.picks[params.first_pick];
+    for (std::int64_t j = params.first_pick; j < params.first_pick + params.num_picks; ++j) {
+        const std::int64_t pick = result.next_pick;
         PYFEAT_CHECK(pick >= 0 && pick < rows.num_rows, "a pick must be in [0, N), got ", pick);
         params.picks[j] = pick;
         params.squared_distances[pick] = -1.0;
         std::copy_n(rows.row(pick), rows.dim, center.begin());
+
+        execution.parallel_for((j + kPicksPerTask) / kPicksPerTask, [&](std::int64_t task, int) {
+            const std::int64_t end = std::min(j + 1, (task + 1) * kPicksPerTask);
+            for (std::int64_t o = task * kPicksPerTask; o < end; ++o) {
+                const float* owner = rows.row(params.picks[o]);
+                unreachable[static_cast<std::size_t>(o)] =
+                    margin * kernels.squared_distance(center.data(), owner, 1.0, rows.dim);
+            }
+        });
+        if (j == 0) {
+            unreachable[0] = -1.0;  // nobody owns the rows yet: look at all but the pick itself
+        }
         execution.parallel_for(num_tasks, [&](std::int64_t task, int) {
             const std::int64_t first = task * kRowsPerTask;
             const Rows block{rows.row(first),
@@ -30,22 +57,30 @@ FarthestResult farthest_cpu(const FarthestParams& params, Isa isa, Execution& ex
                              rows.dim,
                              rows.stride};
             Farthest& found = farthest[static_cast<std::size_t>(task)];
-            found = kernels.farthest_pass(block, center.data(), params.squared_distances + first);
+            found = kernels.farthest_pass(block,
+                                          center.data(),
+                                          static_cast<std::int32_t>(j),
+                                          unreachable.data(),
+                                          params.squared_distances + first,
+                                          params.owners + first);
             found.index += first;
         });
+
         Farthest best;
         for (const Farthest& found : farthest) {
+            result.num_distances += found.num_distances;
             if (found.squared_distance > best.squared_distance) {
                 best = found;
             }
         }
         params.squared_radii[j] = std::max(best.squared_distance, 0.0);
-        pick = best.index;
-        if (params.squared_radii[j] <= params.stop_squared_radius || pick < 0) {
-            return {j + 1, pick};
+        ++result.num_done;
+        result.next_pick = best.index;
+        if (params.squared_radii[j] <= params.stop_squared_radius || best.index < 0) {
+            break;
         }
     }
-    return {params.num_picks, pick};
+    return result;
 }
 
 }  // namespace pyfeat

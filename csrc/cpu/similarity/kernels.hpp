@@ -17,6 +17,7 @@ constexpr int kMaxTileRows = 32;
 struct Farthest {
     double squared_distance = -1.0;
     std::int64_t index = -1;
+    std::int64_t num_distances = 0;  // computed on the way
 };
 
 // How a feature becomes a packed value: (x * row_scale - mean) * scale, computed in float64.
@@ -71,9 +72,16 @@ struct Kernels {
                                double row_scale,
                                std::int64_t dim);
 
-    // Lowers squared_distances [rows.num_rows] by the distances to `center` [D] and returns the
-    // largest, the lowest index among equals.
-    Farthest (*farthest_pass)(const Rows& rows, const double* center, double* squared_distances);
+    // Lowers squared_distances [rows.num_rows] by the distances to `center` [D], pick number
+    // `pick`, and returns the largest, the lowest index among equals. A row at or below
+    // unreachable[owners[i]] cannot be nearer to the center than to its owner, and is not looked
+    // at.
+    Farthest (*farthest_pass)(const Rows& rows,
+                              const double* center,
+                              std::int32_t pick,
+                              const double* unreachable,
+                              double* squared_distances,
+                              std::int32_t* owners);
 };
 
 const Kernels& kernels_for(Isa isa);
