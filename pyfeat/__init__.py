@@ -6,7 +6,7 @@ An import goes down this picture, never up::
     objects     MemoryBank    PatchCore
     ops         knn    greedy_coreset
     engine      similarity: tiles of A B^T that are used and dropped, never stored
-    backends    cpu (C++: scalar, AVX2, AVX-512)        reference (plain PyTorch)
+    backends    cpu (C++: scalar, AVX2, AVX-512, BF16)      reference (plain PyTorch)
 """
 
 from pyfeat._C import __version__

@@ -101,8 +101,9 @@ def knn(
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
     Precision: equal to float64 brute force by direct differences for any shift or scale of the data.
-    Tiles run in float32 and decide, by a proven error bound, which rows may still be among the k
-    nearest; these are ranked in float64. Distances are rounded to float32 once, at the end.
+    Tiles run in bfloat16, or float32 where the processor does not multiply that, and decide by a
+    proven error bound which rows may still be among the k nearest; these are ranked in float64.
+    Distances are rounded to float32 once, at the end.
     Memory: outputs plus a workspace of at most 256 MB, also in the backward pass; the (Q, N) matrix
     is never stored.
     Gradients: of the distances, once, by queries and memory; taken as 0 where a distance has none (at
