@@ -1,7 +1,7 @@
 """The long proof: every query of every size against float64 direct differences.
 
-``python -m benchmarks.prove_exactness`` takes about a quarter of an hour on two cores; a short version is
-in the test suite.
+``python -m benchmarks.prove_exactness`` takes about a quarter of an hour on two cores; a short
+version is in the test suite.
 """
 
 import itertools
@@ -11,21 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyfeat
+from tests.support import NEAR_TIE, make_features
 
 SIZES = (1, 31, 33, 257, 4096)
 KINDS = ("plain", "shifted", "duplicated")
-NEAR_TIE = 1e-13  # relative: float64 sums of the same terms in another order
-
-
-def make(kind: str, num_queries: int, num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Gaussian features; shifted by 1e6; or with every row twice and queries among them."""
-    queries, memory = torch.randn(num_queries, dim), torch.randn(num_rows, dim)
-    if kind == "shifted":
-        return queries + 1e6, memory + 1e6
-    if kind == "duplicated":
-        memory = memory[torch.arange(num_rows) // 2]
-        return memory[torch.arange(num_queries) % num_rows].clone(), memory
-    return queries, memory
 
 
 def count_wrong(queries: Tensor, memory: Tensor, k: int) -> int:
@@ -58,7 +47,7 @@ def main() -> None:
     with tqdm(cases, unit="case") as bar:
         for kind, num_queries, num_rows, dim in bar:
             bar.set_postfix_str(f"{kind} {num_queries}x{num_rows}x{dim}")
-            queries, memory = make(kind, num_queries, num_rows, dim)
+            queries, memory = make_features(kind, num_queries, num_rows, dim)
             for k in {1, min(9, num_rows), num_rows}:
                 wrong = count_wrong(queries, memory, k)
                 if wrong:

@@ -207,11 +207,12 @@ def test_the_shift_of_the_data_does_not_change_the_answer() -> None:
     assert torch.equal(plain.distances, moved.distances)
 
 
-def test_memory_larger_than_one_packed_chunk_is_exact() -> None:
-    memory = torch.randn(120_000, 300)  # 144 MB: more than the packed workspace holds
-    queries = memory[::9000] + 0.01
+def test_ties_across_packed_chunks_go_to_the_lower_row() -> None:
+    memory = torch.randn(60_000, 300).repeat(2, 1)  # 144 MB: several chunks of any precision
+    queries = memory[:60_000:9000] + 0.01  # few: the memory is cut into slices, too
     found = pyfeat.knn(queries, memory, 2)
     assert_exact_neighbours(*found, queries, memory, 2, "euclidean")
+    assert torch.equal(found.indices[:, 0] + 60_000, found.indices[:, 1])
 
 
 def test_numpy_arrays_give_numpy_arrays() -> None:
