@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binds functions, no logic. A matrix crosses as (address, rows, columns, row stride in elements).
+// Binds functions, no logic.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,7 +14,9 @@
 #include "cpu/isa.hpp"
 #include "cpu/similarity/farthest.hpp"
 #include "cpu/similarity/pack.hpp"
+#include "cpu/similarity/search.hpp"
 #include "cpu/similarity/select.hpp"
+#include "cpu/similarity/within.hpp"
 #include "cpu/threads.hpp"
 #include "params.hpp"
 
@@ -22,11 +25,28 @@ namespace py = pybind11;
 namespace pyfeat {
 namespace {
 
-using Matrix = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+// address, rows, columns, row stride in elements, dtype
+using Matrix = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, Dtype>;
+// address and stride from one query to the next; address 0: no mask
+using MaskMatrix = std::pair<std::uintptr_t, std::int64_t>;
 
 Rows to_rows(const Matrix& matrix) {
-    const auto& [address, num_rows, dim, stride] = matrix;
-    return {reinterpret_cast<const float*>(address), num_rows, dim, stride};
+    const auto& [address, num_rows, dim, stride, dtype] = matrix;
+    return {reinterpret_cast<const void*>(address), dtype, num_rows, dim, stride};
+}
+
+SearchParams to_search(const char* op,
+                       const Matrix& queries,
+                       const Matrix& memory,
+                       Metric metric,
+                       const MaskMatrix& mask,
+                       NonFinite nonfinite) {
+    return {op,
+            to_rows(queries),
+            to_rows(memory),
+            metric,
+            {reinterpret_cast<const std::uint8_t*>(mask.first), mask.second},
+            nonfinite};
 }
 
 template <typename T>
@@ -50,33 +70,76 @@ auto run(int num_threads, const std::string& isa_name, Work work) {
     }
 }
 
-std::pair<std::int64_t, std::int64_t> bind_knn(const Matrix& queries,
-                                               const Matrix& memory,
-                                               std::int64_t k,
-                                               Metric metric,
-                                               std::uintptr_t distances,
-                                               std::uintptr_t indices,
-                                               int num_threads,
-                                               const std::string& isa_name,
-                                               const PackedMemory* packed) {
-    const KnnParams params{to_rows(queries),
-                           to_rows(memory),
+using Counts = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+Counts to_counts(const SearchCounters& counters) {
+    return {counters.reranked, counters.retried, counters.exhaustive};
+}
+
+Counts bind_knn(const Matrix& queries,
+                const Matrix& memory,
+                std::int64_t k,
+                Metric metric,
+                std::uintptr_t distances,
+                Dtype distance_dtype,
+                std::uintptr_t indices,
+                const MaskMatrix& mask,
+                NonFinite nonfinite,
+                int num_threads,
+                const std::string& isa_name,
+                const std::string& precision_name,
+                const PackedMemory* packed) {
+    const KnnParams params{to_search("knn", queries, memory, metric, mask, nonfinite),
                            k,
-                           metric,
-                           to_pointer<float>(distances),
+                           to_pointer<void>(distances),
+                           distance_dtype,
                            to_pointer<std::int64_t>(indices)};
-    const KnnCounters counters = run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
-        return knn_cpu(params, packed, isa, execution);
+    return run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
+        const Precision precision = resolve_precision(precision_name, isa, params.memory.dim);
+        return to_counts(knn_cpu(params, packed, isa, precision, execution));
     });
-    return {counters.reranked, counters.exhaustive};
+}
+
+template <typename T>
+py::array_t<T> to_array(std::vector<T>&& values) {
+    auto* owned = new std::vector<T>(std::move(values));
+    const py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+    return py::array_t<T>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
+}
+
+py::tuple bind_within(const Matrix& queries,
+                      const Matrix& memory,
+                      double radius,
+                      Metric metric,
+                      const MaskMatrix& mask,
+                      NonFinite nonfinite,
+                      int num_threads,
+                      const std::string& isa_name,
+                      const std::string& precision_name,
+                      const PackedMemory* packed) {
+    const RangeParams params{to_search("range_search", queries, memory, metric, mask, nonfinite),
+                             radius};
+    SearchCounters counters;
+    RangeResult result = run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
+        const Precision precision = resolve_precision(precision_name, isa, params.memory.dim);
+        return within_cpu(params, packed, isa, precision, execution, counters);
+    });
+    return py::make_tuple(to_array(std::move(result.offsets)),
+                          to_array(std::move(result.distances)),
+                          to_array(std::move(result.indices)),
+                          to_counts(counters));
 }
 
 std::unique_ptr<PackedMemory> bind_pack(const Matrix& memory,
                                         Metric metric,
+                                        NonFinite nonfinite,
                                         int num_threads,
-                                        const std::string& isa_name) {
+                                        const std::string& isa_name,
+                                        const std::string& precision_name) {
+    const Rows rows = to_rows(memory);
     return run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
-        return std::make_unique<PackedMemory>(to_rows(memory), metric, isa, execution);
+        const Precision precision = resolve_precision(precision_name, isa, rows.dim);
+        return std::make_unique<PackedMemory>(rows, metric, nonfinite, isa, precision, execution);
     });
 }
 
@@ -104,9 +167,12 @@ std::tuple<std::int64_t, std::int64_t, std::int64_t> bind_farthest(const Matrix&
     return {result.num_done, result.next_pick, result.num_distances};
 }
 
-void bind_check_finite(const Matrix& rows, const std::string& name, int num_threads) {
+void bind_check_finite(const Matrix& rows,
+                       const std::string& op,
+                       const std::string& name,
+                       int num_threads) {
     run(num_threads, "", [&](Isa isa, Execution& execution) {
-        check_finite(to_rows(rows), name.c_str(), kernels_for(isa), execution);
+        check_finite(to_rows(rows), op.c_str(), name.c_str(), kernels_for(isa), execution);
         return true;
     });
 }
@@ -115,6 +181,14 @@ std::vector<std::string> bind_isas() {
     std::vector<std::string> names;
     for (const Isa isa : available_isas()) {
         names.emplace_back(isa_name(isa));
+    }
+    return names;
+}
+
+std::vector<std::string> bind_precisions(const std::string& isa) {
+    std::vector<std::string> names;
+    for (const Precision precision : kernels_for(resolve_isa(isa)).order) {
+        names.emplace_back(precision_name(precision));
     }
     return names;
 }
@@ -132,17 +206,33 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         .value("cosine", Metric::kCosine)
         .value("inner_product", Metric::kInnerProduct);
 
+    py::enum_<Dtype>(m, "Dtype")
+        .value("float32", Dtype::kFloat32)
+        .value("float64", Dtype::kFloat64)
+        .value("float16", Dtype::kFloat16)
+        .value("bfloat16", Dtype::kBfloat16);
+
+    py::enum_<NonFinite>(m, "NonFinite")
+        .value("refuse", NonFinite::kRefuse)
+        .value("skip", NonFinite::kSkip);
+
     py::class_<PackedMemory>(m, "PackedMemory")
         .def(py::init(&bind_pack),
              py::arg("memory"),
              py::arg("metric"),
+             py::arg("nonfinite"),
              py::arg("num_threads"),
-             py::arg("isa") = "");
+             py::arg("isa") = "",
+             py::arg("precision") = "")
+        .def_property_readonly(
+            "precision", [](const PackedMemory& self) { return precision_name(self.precision); });
 
     m.def("isas", &bind_isas);
+    m.def("precisions", &bind_precisions, py::arg("isa") = "");
     m.def("check_finite",
           &bind_check_finite,
           py::arg("rows"),
+          py::arg("op"),
           py::arg("name"),
           py::arg("num_threads"));
     m.def("knn_cpu",
@@ -152,9 +242,25 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("k"),
           py::arg("metric"),
           py::arg("distances"),
+          py::arg("distance_dtype"),
           py::arg("indices"),
+          py::arg("mask"),
+          py::arg("nonfinite"),
           py::arg("num_threads"),
           py::arg("isa") = "",
+          py::arg("precision") = "",
+          py::arg("packed") = nullptr);
+    m.def("within_cpu",
+          &bind_within,
+          py::arg("queries"),
+          py::arg("memory"),
+          py::arg("radius"),
+          py::arg("metric"),
+          py::arg("mask"),
+          py::arg("nonfinite"),
+          py::arg("num_threads"),
+          py::arg("isa") = "",
+          py::arg("precision") = "",
           py::arg("packed") = nullptr);
     m.def("farthest_cpu",
           &bind_farthest,

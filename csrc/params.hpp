@@ -3,36 +3,70 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace pyfeat {
 
 enum class Metric : std::int32_t { kEuclidean, kSquaredEuclidean, kCosine, kInnerProduct };
 
+enum class Dtype : std::int32_t { kFloat32, kFloat64, kFloat16, kBfloat16 };
+constexpr int kNumDtypes = 4;
+
+constexpr std::int64_t bytes_of(Dtype dtype) {
+    return dtype == Dtype::kFloat64 ? 8 : (dtype == Dtype::kFloat32 ? 4 : 2);
+}
+
 // A matrix of features that the op only reads.
 struct Rows {
-    const float* data;  // [num_rows, dim]
+    const void* data;  // [num_rows, dim]
+    Dtype dtype;
     std::int64_t num_rows;
     std::int64_t dim;     // D
     std::int64_t stride;  // from one row to the next
 
-    const float* row(std::int64_t index) const {
-        return data + index * stride;
+    const void* row(std::int64_t index) const {
+        return static_cast<const char*>(data) + index * stride * bytes_of(dtype);
     }
 };
 
-struct KnnParams {
-    Rows queries;    // [Q, D]
-    Rows memory;     // [N, D]
-    std::int64_t k;  // 1 <= k <= N
-    Metric metric;
-    float* distances;       // [Q, k], contiguous
-    std::int64_t* indices;  // [Q, k], contiguous
+// Which rows may answer which query: one mask for all queries, or one for each.
+struct Mask {
+    const std::uint8_t* data = nullptr;  // [N] or [Q, N], not 0 where allowed; null: all are
+    std::int64_t query_stride = 0;       // 0: one mask for all queries
+
+    bool allows(std::int64_t query, std::int64_t row) const {
+        return data == nullptr || data[query * query_stride + row] != 0;
+    }
 };
 
-// Counts of one search, for tests and benchmarks.
-struct KnnCounters {
-    std::int64_t reranked = 0;    // rows whose distance was taken in float64
-    std::int64_t exhaustive = 0;  // queries whose shortlist overflowed: every row in float64
+// Rows that hold NaN or infinity either make the op throw or are as if they were not there.
+enum class NonFinite : std::int32_t { kRefuse, kSkip };
+
+struct SearchParams {
+    const char* op;  // for messages
+    Rows queries;    // [Q, D]
+    Rows memory;     // [N, D]
+    Metric metric;
+    Mask mask;
+    NonFinite nonfinite;
+};
+
+struct KnnParams : SearchParams {
+    std::int64_t k;         // 1 <= k <= N
+    void* distances;        // [Q, k], contiguous
+    Dtype distance_dtype;   // float32 or float64
+    std::int64_t* indices;  // [Q, k], contiguous; -1 where the query has fewer than k rows
+};
+
+struct RangeParams : SearchParams {
+    double radius;  // euclidean, sqeuclidean, cosine: at most; inner product: at least
+};
+
+// The rows of query q are those from offsets[q] to offsets[q + 1], nearest first.
+struct RangeResult {
+    std::vector<std::int64_t> offsets;  // [Q + 1]
+    std::vector<std::int64_t> indices;
+    std::vector<double> distances;
 };
 
 struct FarthestParams {
@@ -44,6 +78,13 @@ struct FarthestParams {
     std::int64_t first_pick;    // picks that squared_distances and owners know already
     std::int64_t num_picks;
     double stop_squared_radius;  // ends early once the largest distance is at or below this
+};
+
+// Counts of one search, for tests and benchmarks.
+struct SearchCounters {
+    std::int64_t reranked = 0;    // rows whose distance was taken in float64
+    std::int64_t retried = 0;     // queries whose shortlist overflowed in the first precision
+    std::int64_t exhaustive = 0;  // queries that took every row in float64
 };
 
 }  // namespace pyfeat

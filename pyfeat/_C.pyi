@@ -1,9 +1,9 @@
 from enum import Enum
 
-__version__: str
+import numpy as np
+from numpy.typing import NDArray
 
-# A float32 matrix: address, rows, columns, row stride in elements.
-_Matrix = tuple[int, int, int, int]
+__version__: str
 
 class Metric(Enum):
     euclidean = ...
@@ -11,24 +11,64 @@ class Metric(Enum):
     cosine = ...
     inner_product = ...
 
+class Dtype(Enum):
+    float32 = ...
+    float64 = ...
+    float16 = ...
+    bfloat16 = ...
+
+class NonFinite(Enum):
+    refuse = ...
+    skip = ...
+
+# Address, rows, columns, row stride in elements, dtype.
+_Matrix = tuple[int, int, int, int, Dtype]
+# Address and stride between queries; address 0: no mask.
+_Mask = tuple[int, int]
+
 class PackedMemory:
     def __init__(
-        self, memory: _Matrix, metric: Metric, num_threads: int, isa: str = ""
+        self,
+        memory: _Matrix,
+        metric: Metric,
+        nonfinite: NonFinite,
+        num_threads: int,
+        isa: str = "",
+        precision: str = "",
     ) -> None: ...
+    @property
+    def precision(self) -> str: ...
 
 def isas() -> list[str]: ...
-def check_finite(rows: _Matrix, name: str, num_threads: int) -> None: ...
+def precisions(isa: str = "") -> list[str]: ...
+def check_finite(rows: _Matrix, op: str, name: str, num_threads: int) -> None: ...
 def knn_cpu(
     queries: _Matrix,
     memory: _Matrix,
     k: int,
     metric: Metric,
     distances: int,
+    distance_dtype: Dtype,
     indices: int,
+    mask: _Mask,
+    nonfinite: NonFinite,
     num_threads: int,
     isa: str = "",
+    precision: str = "",
     packed: PackedMemory | None = None,
-) -> tuple[int, int]: ...
+) -> tuple[int, int, int]: ...
+def within_cpu(
+    queries: _Matrix,
+    memory: _Matrix,
+    radius: float,
+    metric: Metric,
+    mask: _Mask,
+    nonfinite: NonFinite,
+    num_threads: int,
+    isa: str = "",
+    precision: str = "",
+    packed: PackedMemory | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], tuple[int, int, int]]: ...
 def farthest_cpu(
     rows: _Matrix,
     squared_distances: int,

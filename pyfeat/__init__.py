@@ -11,15 +11,18 @@ An import goes down this picture, never up::
 
 from pyfeat._C import __version__
 from pyfeat._info import info
+from pyfeat.coreset import Coreset, greedy_coreset
 from pyfeat.memory import MemoryBank
-from pyfeat.search import Coreset, Neighbours, greedy_coreset, knn
+from pyfeat.search import Neighbours, RangeNeighbours, knn, range_search
 
 __all__ = [
     "Coreset",
     "MemoryBank",
     "Neighbours",
+    "RangeNeighbours",
     "__version__",
     "greedy_coreset",
     "info",
     "knn",
+    "range_search",
 ]

@@ -6,24 +6,45 @@ import torch
 from torch import Tensor
 
 from pyfeat import _C
-from pyfeat._checks import as_matrix, with_contiguous_rows
+from pyfeat._checks import (
+    as_mask,
+    as_matrix,
+    distance_dtype_of,
+    dtype_name,
+    with_contiguous_rows,
+)
 
 # Of the neighbours that the backward pass gathers at a time.
 _BACKWARD_BYTES = 32 << 20
 
 # torch.library.custom_op would import torch._dynamo, which takes seconds, on the first call.
 torch.library.define(
-    "pyfeat::knn", "(Tensor queries, Tensor memory, SymInt k, str metric) -> (Tensor, Tensor)"
+    "pyfeat::knn",
+    "(Tensor queries, Tensor memory, SymInt k, str metric, Tensor? mask, bool skip_nonfinite)"
+    " -> (Tensor, Tensor)",
 )
 
 
 def search_cpu(
-    queries: Tensor, memory: Tensor, k: int, metric: str, packed: _C.PackedMemory | None = None
+    queries: Tensor,
+    memory: Tensor,
+    k: int,
+    metric: str,
+    mask: Tensor | None = None,
+    skip_nonfinite: bool = False,
+    *,
+    packed: _C.PackedMemory | None = None,
+    distance_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel itself; ``packed`` is ``memory`` in packed form, made beforehand."""
-    queries = with_contiguous_rows(queries)
-    memory = with_contiguous_rows(memory)
-    distances = queries.new_empty((queries.shape[0], k))
+    """The kernel itself; ``packed`` is ``memory`` in packed form, made beforehand.
+
+    Distances are float32, float64 for float64 features, unless said otherwise.
+    """
+    queries, memory = with_contiguous_rows(queries), with_contiguous_rows(memory)
+    mask = None if mask is None else with_contiguous_rows(mask)
+    distances = queries.new_empty(
+        (queries.shape[0], k), dtype=distance_dtype or distance_dtype_of(queries)
+    )
     indices = queries.new_empty((queries.shape[0], k), dtype=torch.int64)
     _C.knn_cpu(
         as_matrix(queries),
@@ -31,23 +52,32 @@ def search_cpu(
         k,
         getattr(_C.Metric, metric),
         distances.data_ptr(),
+        getattr(_C.Dtype, dtype_name(distances.dtype)),
         indices.data_ptr(),
+        as_mask(mask),
+        _C.NonFinite.skip if skip_nonfinite else _C.NonFinite.refuse,
         torch.get_num_threads(),
         packed=packed,
     )
     return distances, indices
 
 
-@torch.library.impl("pyfeat::knn", "CPU")
-def _knn_cpu(queries: Tensor, memory: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    return search_cpu(queries, memory, k, metric)
-
-
-def _knn_fake(queries: Tensor, memory: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+def _knn_fake(
+    queries: Tensor,
+    memory: Tensor,
+    k: int,
+    metric: str,
+    mask: Tensor | None,
+    skip_nonfinite: bool,
+) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
-    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+    return (
+        queries.new_empty(shape, dtype=distance_dtype_of(queries)),
+        queries.new_empty(shape, dtype=torch.int64),
+    )
 
 
+torch.library.impl("pyfeat::knn", "CPU", search_cpu)
 torch.library.register_fake("pyfeat::knn", _knn_fake)
 
 
@@ -62,39 +92,52 @@ class _Context(Protocol):
 
 
 def _keep_for_backward(
-    ctx: _Context, inputs: tuple[Tensor, Tensor, int, str], output: tuple[Tensor, Tensor]
+    ctx: _Context,
+    inputs: tuple[Tensor, Tensor, int, str, Tensor | None, bool],
+    output: tuple[Tensor, Tensor],
 ) -> None:
-    queries, memory, _, ctx.metric = inputs
+    queries, memory, _, ctx.metric, _, _ = inputs
     ctx.save_for_backward(queries, memory, output[1])
 
 
 def _knn_backward(
     ctx: _Context, grad_distances: Tensor, grad_indices: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, None, None]:
+) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
     """Gather the neighbours, differentiate their distances, scatter into the rows of memory.
 
     The (Q, k, D) neighbours exist for one chunk of queries at a time. Rows are added one after the
-    other in the order of queries: equal bits for any thread count.
+    other in the order of queries, in float32 or float64: equal bits for any thread count.
     """
     queries, memory, indices = ctx.saved_tensors
     needs_queries, needs_memory = ctx.needs_input_grad[:2]
+    dtype = grad_distances.dtype
     grad_queries = torch.zeros_like(queries) if needs_queries else None
-    grad_memory = torch.zeros_like(memory) if needs_memory else None
+    grad_memory = torch.zeros_like(memory, dtype=dtype) if needs_memory else None
     chunk = max(1, _BACKWARD_BYTES // max(4 * indices.shape[1] * queries.shape[1], 1))
     for first in range(0, queries.shape[0], chunk):
         part = slice(first, first + chunk)
         rows = indices[part].reshape(-1)
+        missing = rows < 0  # a query with fewer than k rows to choose from
+        rows = rows.clamp_min(0)
         to_query, to_rows = _pull_back(
-            queries[part, None],
-            memory[rows].view(-1, indices.shape[1], memory.shape[1]),
+            queries[part, None].to(dtype),
+            memory[rows].to(dtype).view(-1, indices.shape[1], memory.shape[1]),
             ctx.metric,
         )
-        weights = grad_distances[part, :, None]  # [q, k, 1]
+        weights = grad_distances[part].masked_fill(missing.view(-1, indices.shape[1]), 0.0)
+        weights = weights[:, :, None]  # [q, k, 1]
         if grad_queries is not None:
             grad_queries[part] = (weights * to_query).sum(dim=1)
         if grad_memory is not None:
             grad_memory.index_add_(0, rows, (weights * to_rows).flatten(0, 1))
-    return grad_queries, grad_memory, None, None
+    return (
+        grad_queries,
+        None if grad_memory is None else grad_memory.to(memory.dtype),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def _pull_back(q: Tensor, x: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -128,7 +171,45 @@ def _divided(x: Tensor, by: Tensor) -> Tensor:
 torch.library.register_autograd("pyfeat::knn", _knn_backward, setup_context=_keep_for_backward)
 
 
-def knn(queries: Tensor, memory: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """Distances (Q, k) float32 and indices (Q, k) int64; see ``pyfeat.knn``."""
-    distances, indices = torch.ops.pyfeat.knn(queries, memory, k, metric)
+def knn(
+    queries: Tensor,
+    memory: Tensor,
+    k: int,
+    metric: str,
+    *,
+    mask: Tensor | None = None,
+    skip_nonfinite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Distances (Q, k) and indices (Q, k) int64; see ``pyfeat.knn``."""
+    distances, indices = torch.ops.pyfeat.knn(queries, memory, k, metric, mask, skip_nonfinite)
     return distances, indices
+
+
+def within_cpu(
+    queries: Tensor,
+    memory: Tensor,
+    radius: float,
+    metric: str,
+    *,
+    mask: Tensor | None = None,
+    skip_nonfinite: bool = False,
+    packed: _C.PackedMemory | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets (Q + 1,), distances (R,) and indices (R,); see ``pyfeat.range_search``."""
+    queries, memory = with_contiguous_rows(queries), with_contiguous_rows(memory)
+    mask = None if mask is None else with_contiguous_rows(mask)
+    offsets, distances, indices, _ = _C.within_cpu(
+        as_matrix(queries),
+        as_matrix(memory),
+        radius,
+        getattr(_C.Metric, metric),
+        as_mask(mask),
+        _C.NonFinite.skip if skip_nonfinite else _C.NonFinite.refuse,
+        torch.get_num_threads(),
+        packed=packed,
+    )
+    return (
+        torch.from_numpy(offsets),
+        torch.from_numpy(distances).to(distance_dtype_of(queries)),
+        torch.from_numpy(indices),
+    )

@@ -17,7 +17,8 @@ from pyfeat._checks import (
 )
 from pyfeat._ops import search_cpu
 from pyfeat._storage import PathLike, load_tensors, save_tensors
-from pyfeat.search import METRICS, Coreset, Metric, Neighbours, greedy_coreset, knn
+from pyfeat.coreset import Coreset, greedy_coreset
+from pyfeat.search import METRICS, Metric, Neighbours, knn
 
 FORMAT_VERSION = 1
 
@@ -175,10 +176,13 @@ class MemoryBank:
         # The version of a tensor counts the writes to it, also those through a view of ``features``.
         if self._packed is None or self._packed_version != self._features._version:
             self._packed = _C.PackedMemory(
-                as_matrix(self.features), getattr(_C.Metric, self.metric), torch.get_num_threads()
+                as_matrix(self.features),
+                getattr(_C.Metric, self.metric),
+                _C.NonFinite.refuse,
+                torch.get_num_threads(),
             )
             self._packed_version = self._features._version
-        found = search_cpu(queries.detach(), self.features, k, self.metric, self._packed)
+        found = search_cpu(queries.detach(), self.features, k, self.metric, packed=self._packed)
         return Neighbours(*found)
 
     def coreset(

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyfeat._checks import distance_dtype_of
+
 # Bytes of the (queries, N, D) differences held at a time.
 _CHUNK_BYTES = 64 << 20
 
@@ -43,14 +45,43 @@ def pairwise_distances(queries: Tensor, memory: Tensor, metric: str) -> Tensor:
     return distances
 
 
-def knn(queries: Tensor, memory: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """The k nearest rows of ``memory``: distances (Q, k) float32, indices (Q, k) int64.
+def knn(
+    queries: Tensor, memory: Tensor, k: int, metric: str, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k nearest rows of ``memory``: distances (Q, k), indices (Q, k) int64.
 
-    Ascending distances (descending for inner_product), rows at equal distance in row order.
+    Ascending distances (descending for inner_product), rows at equal distance in row order. ``mask``
+    (N,) or (Q, N) says which rows may be returned; where they run out, the index is -1 and the
+    distance infinite. Distances are float32, float64 for float64 features.
     """
     distances = pairwise_distances(queries, memory, metric)
-    order = distances.sort(dim=1, stable=True, descending=metric == "inner_product")
-    return order.values[:, :k].to(queries.dtype), order.indices[:, :k]
+    largest_first = metric == "inner_product"
+    none = -math.inf if largest_first else math.inf
+    if mask is not None:
+        distances = distances.masked_fill(~mask, none)
+    order = distances.sort(dim=1, stable=True, descending=largest_first)
+    nearest, indices = order.values[:, :k], order.indices[:, :k]
+    indices = indices.masked_fill(nearest.isinf(), -1)
+    return nearest.to(distance_dtype_of(queries)), indices
+
+
+def range_search(
+    queries: Tensor, memory: Tensor, radius: float, metric: str, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows within a radius: offsets (Q + 1,), distances (R,), indices (R,) int64.
+
+    Those of query q lie from ``offsets[q]`` to ``offsets[q + 1]``, nearest first, rows at equal
+    distance in row order. Within is at most the radius, at least it for inner_product.
+    """
+    distances = pairwise_distances(queries, memory, metric)
+    largest_first = metric == "inner_product"
+    within = distances >= radius if largest_first else distances <= radius
+    if mask is not None:
+        within = within & mask
+    order = distances.sort(dim=1, stable=True, descending=largest_first)
+    kept = within.gather(1, order.indices)
+    offsets = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.sum(dim=1).cumsum(dim=0)])
+    return offsets, order.values[kept].to(distance_dtype_of(queries)), order.indices[kept]
 
 
 def greedy_coreset(

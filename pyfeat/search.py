@@ -1,52 +1,55 @@
-"""Exact nearest neighbours and the k-centre coreset."""
+"""Exact nearest neighbours."""
 
-import math
-import time
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyfeat import _C, _ops, reference
+from pyfeat import _ops, reference
 from pyfeat._backends import BACKENDS, Backend, select_backend
 from pyfeat._checks import (
-    as_matrix,
     as_tensor,
     check_choice,
     check_features,
     check_finite,
     check_k,
-    with_contiguous_rows,
+    check_mask,
 )
-from pyfeat._extras import require
 
 Metric = Literal["euclidean", "sqeuclidean", "cosine", "inner_product"]
 METRICS: tuple[Metric, ...] = ("euclidean", "sqeuclidean", "cosine", "inner_product")
-
-Array = TypeVar("Array", Tensor, NDArray[Any])
+NonFinite = Literal["raise", "skip"]
 
 
 class Neighbours(NamedTuple):
     """The k nearest memory rows of every query, nearest first."""
 
-    distances: Tensor  # (Q, k) float32, in feature units
+    distances: Tensor  # (Q, k) float32, float64 for float64 features, in feature units
     indices: Tensor  # (Q, k) int64
 
 
 class NumpyNeighbours(NamedTuple):
     """``Neighbours`` of numpy inputs."""
 
-    distances: NDArray[np.float32]  # (Q, k)
+    distances: NDArray[Any]  # (Q, k)
     indices: NDArray[np.int64]  # (Q, k)
 
 
-class Coreset(NamedTuple):
-    """Rows that cover a set of features."""
+class RangeNeighbours(NamedTuple):
+    """All memory rows within a radius; those of query q lie from offsets[q] to offsets[q + 1]."""
 
-    indices: Tensor  # (size,) int64, in the order of picking
-    radius: float  # largest distance of any row to its nearest pick
+    offsets: Tensor  # (Q + 1,) int64
+    distances: Tensor  # (R,) as in Neighbours, nearest first
+    indices: Tensor  # (R,) int64
+
+
+class NumpyRangeNeighbours(NamedTuple):
+    """``RangeNeighbours`` of numpy inputs."""
+
+    offsets: NDArray[np.int64]  # (Q + 1,)
+    distances: NDArray[Any]  # (R,)
+    indices: NDArray[np.int64]  # (R,)
 
 
 @overload
@@ -56,6 +59,8 @@ def knn(
     k: int = 1,
     *,
     metric: Metric = "euclidean",
+    mask: Tensor | None = None,
+    nonfinite: NonFinite = "raise",
     backend: Backend | None = None,
 ) -> Neighbours: ...
 @overload
@@ -65,6 +70,8 @@ def knn(
     k: int = 1,
     *,
     metric: Metric = "euclidean",
+    mask: NDArray[np.bool_] | None = None,
+    nonfinite: NonFinite = "raise",
     backend: Backend | None = None,
 ) -> NumpyNeighbours: ...
 def knn(
@@ -73,6 +80,8 @@ def knn(
     k: int = 1,
     *,
     metric: Metric = "euclidean",
+    mask: Tensor | NDArray[np.bool_] | None = None,
+    nonfinite: NonFinite = "raise",
     backend: Backend | None = None,
 ) -> Neighbours | NumpyNeighbours:
     """Find the k nearest rows of ``memory`` for every query, exactly.
@@ -86,24 +95,32 @@ def knn(
     - inner_product: ``q.x``
 
     Args:
-        queries: (Q, D) float32, any strides. Q may be 0. Tensor or numpy array.
-        memory: (N, D) float32, same kind and device as ``queries``.
+        queries: (Q, D) float32, float64, float16 or bfloat16, any strides. Q may be 0. Tensor or numpy
+            array.
+        memory: (N, D), same kind, dtype and device as ``queries``. A ``numpy.memmap`` may be larger
+            than the machine's memory.
         k: Neighbours per query, 1 <= k <= N.
         metric: The distance, by name.
+        mask: (N,) or (Q, N) bool: the rows that may be returned, to all queries or to each. Where they
+            run out, the index is -1 and the distance infinite.
+        nonfinite: What becomes of rows with NaN or infinity: "raise", or "skip": rows of memory are
+            never returned then, queries get index -1 and an infinite distance.
         backend: Backend to run; None takes the fastest that supports the inputs.
 
     Returns:
-        ``distances`` (Q, k) float32 and ``indices`` (Q, k) int64; numpy arrays for numpy inputs.
+        ``distances`` (Q, k) float32, float64 for float64 features, and ``indices`` (Q, k) int64; numpy
+        arrays for numpy inputs.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If shapes disagree, k is out of range, or a feature is NaN or infinite.
+        ValueError: If shapes disagree, k is out of range, or a feature is NaN or infinite (float64: a
+            row of norm above 1e150).
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
     Precision: equal to float64 brute force by direct differences for any shift or scale of the data.
-    Tiles run in bfloat16, or float32 where the processor does not multiply that, and decide by a
-    proven error bound which rows may still be among the k nearest; these are ranked in float64.
-    Distances are rounded to float32 once, at the end.
+    Tiles run in 8-bit whole numbers, bfloat16 or float32, whichever the processor multiplies fastest,
+    and decide by a proven error bound which rows may still be among the k nearest; these are ranked in
+    float64. Distances are rounded once, at the end.
     Memory: outputs plus a workspace of at most 256 MB, also in the backward pass; the (Q, N) matrix
     is never stored.
     Gradients: of the distances, once, by queries and memory; taken as 0 where a distance has none (at
@@ -113,165 +130,148 @@ def knn(
         >>> knn(torch.zeros(1, 2), torch.eye(2)).indices
         tensor([[0]])
     """
-    numpy_in = isinstance(queries, np.ndarray)
-    if numpy_in != isinstance(memory, np.ndarray):
-        message = (
-            "knn: queries and memory must both be tensors or both numpy arrays, "
-            f"got {type(queries).__name__} and {type(memory).__name__}"
-        )
-        raise TypeError(message)
-    check_choice("knn", "metric", metric, METRICS)
-    check_choice("knn", "backend", backend, (None, *BACKENDS))
-    q, x = as_tensor("knn", "queries", queries), as_tensor("knn", "memory", memory)
-    check_features("knn", "queries", q)
-    check_features("knn", "memory", x, dim=q.shape[1])
-    if q.device != x.device:
-        message = f"knn: memory must be on {q.device} like queries, got {x.device}"
-        raise ValueError(message)
-    check_k("knn", k, x.shape[0])
-
-    if select_backend("knn", backend, q) == "reference":
-        check_finite("knn", "queries", q)
-        check_finite("knn", "memory", x)
-        distances, indices = reference.knn(q, x, k, metric)
+    arguments = _Arguments("knn", queries, memory, metric, mask, nonfinite, backend)
+    check_k("knn", k, arguments.memory.shape[0])
+    q, x = arguments.queries, arguments.memory
+    if arguments.backend == "reference":
+        distances, indices = reference.knn(q, x, k, metric, arguments.finite_mask())
     else:
-        distances, indices = _ops.knn(q, x, k, metric)
-    if numpy_in:
+        distances, indices = _ops.knn(
+            q, x, k, metric, mask=arguments.mask, skip_nonfinite=arguments.skip_nonfinite
+        )
+    if arguments.numpy_in:
         return NumpyNeighbours(distances.numpy(), indices.numpy())
     return Neighbours(distances, indices)
 
 
-def greedy_coreset(
-    features: Tensor | NDArray[Any],
+@overload
+def range_search(
+    queries: Tensor,
+    memory: Tensor,
+    radius: float,
     *,
-    size: int | None = None,
-    ratio: float | None = None,
-    radius: float | None = None,
-    start: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> Coreset:
-    """Pick rows that cover all others: always the row farthest from those already picked.
+    metric: Metric = "euclidean",
+    mask: Tensor | None = None,
+    nonfinite: NonFinite = "raise",
+    backend: Backend | None = None,
+) -> RangeNeighbours: ...
+@overload
+def range_search(
+    queries: NDArray[Any],
+    memory: NDArray[Any],
+    radius: float,
+    *,
+    metric: Metric = "euclidean",
+    mask: NDArray[np.bool_] | None = None,
+    nonfinite: NonFinite = "raise",
+    backend: Backend | None = None,
+) -> NumpyRangeNeighbours: ...
+def range_search(
+    queries: Tensor | NDArray[Any],
+    memory: Tensor | NDArray[Any],
+    radius: float,
+    *,
+    metric: Metric = "euclidean",
+    mask: Tensor | NDArray[np.bool_] | None = None,
+    nonfinite: NonFinite = "raise",
+    backend: Backend | None = None,
+) -> RangeNeighbours | NumpyRangeNeighbours:
+    """Find all rows of ``memory`` within a radius of every query, exactly.
 
-    The k-centre greedy of Gonzalez: its covering radius is at most twice the best possible for the
-    same number of rows. Ties go to the lower index; no row is picked twice. Say exactly one of
-    ``size``, ``ratio`` and ``radius``.
+    Row x is found for query q if its distance, as ``knn`` defines it, is at most ``radius``; for
+    inner_product if it is at least ``radius``. Those of query q lie from ``offsets[q]`` to
+    ``offsets[q + 1]``, nearest first, rows at equal distance in row order.
 
     Args:
-        features: (N, D) float32, N >= 1.
-        size: Number of rows, 1 <= size <= N.
-        ratio: Fraction of rows in (0, 1]; at least one row is picked.
-        radius: Stop as soon as every row lies within this distance of a pick; >= 0.
-        start: First pick; None draws it from ``seed``.
-        seed: For the first pick.
-        progress: Show a progress bar with the remaining time (needs tqdm).
+        queries: As in ``knn``.
+        memory: As in ``knn``. N may be 0.
+        radius: A number that is not NaN, in units of the distance.
+        metric: The distance, by name.
+        mask: As in ``knn``.
+        nonfinite: As in ``knn``; queries that are skipped find nothing.
+        backend: Backend to run; None takes the fastest that supports the inputs.
 
     Returns:
-        ``indices`` (size,) int64 in the order of picking, and the covering ``radius``.
+        ``offsets`` (Q + 1,) int64, ``distances`` (R,) float32, float64 for float64 features, and
+        ``indices`` (R,) int64, R being the number of pairs found; detached.
 
     Raises:
-        TypeError: If features are not a float32 matrix.
-        ValueError: If a value is out of range, or a feature is NaN or infinite.
+        TypeError: As ``knn``.
+        ValueError: As ``knn``, or if the radius is NaN.
+        NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
-    Precision: distances by direct differences in float64: the picks equal those of a float64
-    reference from the same start.
-    Memory: 12 N bytes beyond the result. One pass over the rows for each pick, in which those that the
-    triangle inequality proves to be no nearer to it are passed over.
-    Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; used for
-    memory banks by Roth et al., PatchCore, CVPR 2022, arXiv:2106.08265.
+    Precision: equal to float64 brute force by direct differences; as ``knn``.
+    Memory: three times the result, plus a workspace of at most 256 MB.
 
     Examples:
-        >>> greedy_coreset(torch.tensor([[0.0], [1.0], [5.0]]), size=2, start=0).indices
-        tensor([0, 2])
+        >>> range_search(torch.zeros(1, 1), torch.tensor([[3.0], [1.0], [2.0]]), 2.0).indices
+        tensor([1, 2])
     """
-    op = "greedy_coreset"
-    x = as_tensor(op, "features", features)
-    check_features(op, "features", x)
-    num_rows = x.shape[0]
-    if num_rows == 0:
-        message = f"{op}: features must have at least one row, got shape {tuple(x.shape)}"
+    arguments = _Arguments("range_search", queries, memory, metric, mask, nonfinite, backend)
+    radius = float(radius)
+    if radius != radius:
+        message = f"range_search: radius must be a number, got {radius}"
         raise ValueError(message)
-    wanted = _coreset_size(num_rows, size=size, ratio=ratio, radius=radius)
-    if start is None:
-        start = int(np.random.default_rng(seed).integers(num_rows))
-    if not 0 <= start < num_rows:
-        message = f"{op}: start must be in [0, {num_rows}), got {start}"
-        raise ValueError(message)
-    select_backend(op, "cpu", x)
-    check_finite(op, "features", x)
-    x = with_contiguous_rows(x)
-    stop = -1.0 if radius is None else math.nextafter(radius * radius, math.inf)
-
-    squared = torch.full((num_rows,), math.inf, dtype=torch.float64)
-    owners = torch.zeros(num_rows, dtype=torch.int32)
-    picks = torch.empty(wanted, dtype=torch.int64)
-    squared_radii = torch.empty(wanted, dtype=torch.float64)
-    picks[0] = start
-    done, batch = 0, 1
-    with _progress_bar(progress, wanted) as bar:
-        while True:
-            began = time.perf_counter()
-            count, following, _ = _C.farthest_cpu(
-                as_matrix(x),
-                squared.data_ptr(),
-                owners.data_ptr(),
-                picks.data_ptr(),
-                squared_radii.data_ptr(),
-                done,
-                batch,
-                stop,
-                torch.get_num_threads(),
-            )
-            elapsed = time.perf_counter() - began
-            done += count
-            bar.update(count)
-            reached = float(squared_radii[done - 1])
-            if done == wanted or reached <= stop:
-                return Coreset(picks[:done].clone(), math.sqrt(reached))
-            picks[done] = following
-            # As many picks as take a fifth of a second: the bar moves, the calls cost nothing.
-            batch = min(wanted - done, max(1, round(0.2 * count / max(elapsed, 1e-6))), 4 * count)
-
-
-def _coreset_size(
-    num_rows: int, *, size: int | None, ratio: float | None, radius: float | None
-) -> int:
-    given = {"size": size, "ratio": ratio, "radius": radius}
-    if sum(value is not None for value in given.values()) != 1:
-        shown = ", ".join(f"{name}={value}" for name, value in given.items())
-        message = (
-            f"greedy_coreset: exactly one of size, ratio and radius must be given, got {shown}"
+    q, x = arguments.queries.detach(), arguments.memory.detach()
+    if arguments.backend == "reference":
+        found = reference.range_search(q, x, radius, metric, arguments.finite_mask())
+    else:
+        found = _ops.within_cpu(
+            q, x, radius, metric, mask=arguments.mask, skip_nonfinite=arguments.skip_nonfinite
         )
-        raise ValueError(message)
-    if ratio is not None:
-        if not 0.0 < ratio <= 1.0:
-            message = f"greedy_coreset: ratio must be in (0, 1], got {ratio}"
-            raise ValueError(message)
-        return max(1, int(num_rows * ratio))
-    if radius is not None:
-        if not 0.0 <= radius < math.inf:
-            message = f"greedy_coreset: radius must be finite and at least 0, got {radius}"
-            raise ValueError(message)
-        return num_rows
-    if size is None or not 1 <= size <= num_rows:
-        message = f"greedy_coreset: size must be in [1, N = {num_rows}], got {size}"
-        raise ValueError(message)
-    return size
+    if arguments.numpy_in:
+        return NumpyRangeNeighbours(*(part.numpy() for part in found))
+    return RangeNeighbours(*found)
 
 
-def _progress_bar(shown: bool, total: int) -> Any:
-    if not shown:
-        return _SilentBar()
-    tqdm = require("tqdm", extra="anomaly", op="greedy_coreset")
-    return tqdm.tqdm(total=total, desc="coreset", unit="pick")
+class _Arguments:
+    """What all searches check: features that fit each other, metric, mask and backend."""
 
+    def __init__(
+        self,
+        op: str,
+        queries: Tensor | NDArray[Any],
+        memory: Tensor | NDArray[Any],
+        metric: Metric,
+        mask: Tensor | NDArray[np.bool_] | None,
+        nonfinite: NonFinite,
+        backend: Backend | None,
+    ) -> None:
+        self.op = op
+        self.numpy_in = isinstance(queries, np.ndarray)
+        if self.numpy_in != isinstance(memory, np.ndarray):
+            message = (
+                f"{op}: queries and memory must both be tensors or both numpy arrays, "
+                f"got {type(queries).__name__} and {type(memory).__name__}"
+            )
+            raise TypeError(message)
+        check_choice(op, "metric", metric, METRICS)
+        check_choice(op, "nonfinite", nonfinite, ("raise", "skip"))
+        check_choice(op, "backend", backend, (None, *BACKENDS))
+        self.queries = as_tensor(op, "queries", queries)
+        self.memory = as_tensor(op, "memory", memory)
+        check_features(op, "queries", self.queries)
+        check_features(
+            op, "memory", self.memory, dim=self.queries.shape[1], dtype=self.queries.dtype
+        )
+        self.mask = None if mask is None else as_tensor(op, "mask", mask)
+        if self.mask is not None:
+            check_mask(op, self.mask, self.queries.shape[0], self.memory.shape[0])
+        for name, tensor in (("memory", self.memory), ("mask", self.mask)):
+            if tensor is not None and tensor.device != self.queries.device:
+                message = (
+                    f"{op}: {name} must be on {self.queries.device} like queries, "
+                    f"got {tensor.device}"
+                )
+                raise ValueError(message)
+        self.skip_nonfinite = nonfinite == "skip"
+        self.backend = select_backend(op, backend, self.queries)
 
-class _SilentBar:
-    def __enter__(self) -> "_SilentBar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        pass
+    def finite_mask(self) -> Tensor | None:
+        """The mask, less the pairs with a row that is not finite, which raises unless skipped."""
+        if not self.skip_nonfinite:
+            check_finite(self.op, "queries", self.queries)
+            check_finite(self.op, "memory", self.memory)
+            return self.mask
+        usable = self.queries.isfinite().all(1)[:, None] & self.memory.isfinite().all(1)  # [Q, N]
+        return usable if self.mask is None else usable & self.mask

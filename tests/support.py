@@ -4,7 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyfeat import reference
+from pyfeat import _C, reference
+from pyfeat._checks import as_mask, as_matrix, dtype_name
+from pyfeat.search import Metric
+
+# Every instruction set of this machine with every precision of its tiles.
+ENGINES = [(isa, precision) for isa in _C.isas() for precision in _C.precisions(isa)]
 
 # float64 sums of the same terms in another order differ by a few units in the last place.
 NEAR_TIE = 1e-13
@@ -19,7 +24,7 @@ def assert_exact_neighbours(
     other; equal distances must come in row order.
     """
     assert distances.shape == indices.shape == (len(queries), k)
-    assert distances.dtype == torch.float32
+    assert distances.dtype == (torch.float64 if queries.dtype == torch.float64 else torch.float32)
     assert indices.dtype == torch.int64
     if len(queries) == 0:
         return
@@ -40,7 +45,7 @@ def assert_exact_neighbours(
     for row in indices.tolist():
         assert len(set(row)) == k, "a neighbour appears twice"
 
-    rounded = best.float()
+    rounded = best.to(distances.dtype)
     spacing = torch.from_numpy(np.spacing(rounded.abs().numpy())).double()
     error = (distances.double() - best).abs()
     assert (error <= 0.5001 * spacing + NEAR_TIE * scale).all(), f"distance off by {error.max()}"
@@ -96,3 +101,38 @@ def make_features(kind: str, num_queries: int, num_rows: int, dim: int) -> tuple
         wide = torch.randn(num_rows, 2 * dim + 3)
         return torch.randn(dim, num_queries).T, wide[:, 1 : 2 * dim + 1 : 2]
     return queries, memory
+
+
+def kernel_knn(
+    queries: Tensor,
+    memory: Tensor,
+    k: int,
+    metric: Metric,
+    *,
+    isa: str = "",
+    precision: str = "",
+    threads: int = 2,
+    mask: Tensor | None = None,
+    packed: _C.PackedMemory | None = None,
+) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
+    """The kernel with a chosen instruction set, precision and thread count; its counters too."""
+    queries, memory = queries.contiguous(), memory.contiguous()
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    distances = torch.full((len(queries), k), float("nan"), dtype=dtype)
+    indices = torch.full((len(queries), k), -7)
+    counters = _C.knn_cpu(
+        as_matrix(queries),
+        as_matrix(memory),
+        k,
+        getattr(_C.Metric, metric),
+        distances.data_ptr(),
+        getattr(_C.Dtype, dtype_name(dtype)),
+        indices.data_ptr(),
+        as_mask(mask),
+        _C.NonFinite.refuse,
+        threads,
+        isa,
+        precision,
+        packed,
+    )
+    return distances, indices, counters

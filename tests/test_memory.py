@@ -200,7 +200,7 @@ NAN = torch.tensor([[0.0, 0.0, 0.0], [0.0, float("nan"), 0.0]])
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[MemoryBank], None]]] = {
     "list": (TypeError, "features must be a tensor or a numpy", add_refused([[1.0, 2.0, 3.0]])),
     "double": (TypeError, "must be float32, got float64", add_refused(torch.zeros(1, 3).double())),
-    "integer": (TypeError, "must be float32, got int64", add_refused(np.zeros((1, 3), np.int64))),
+    "integer": (TypeError, "must be float32 or .*, got int64", add_refused(np.zeros((1, 3), np.int64))),
     "width": (ValueError, r"shape \(N, 3\), got \(1, 4\)", add_refused(torch.zeros(1, 4))),
     "vector": (ValueError, r"shape \(N, D\), got \(3,\)", add_refused(torch.zeros(3))),
     "nan": (ValueError, "must be finite, got NaN or infinity in row 1", add_refused(NAN)),

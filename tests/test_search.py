@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pyfeat
-from pyfeat import _C, reference
+from pyfeat import reference
 from pyfeat._backends import Backend
-from pyfeat._checks import as_matrix
 from pyfeat.search import METRICS, Metric
-from tests.support import assert_exact_neighbours, make_features
+from tests.support import ENGINES, assert_exact_neighbours, kernel_knn, make_features
 
 SIZES = (1, 31, 33, 257)
 SHAPES = list(itertools.product(SIZES, SIZES, SIZES))
@@ -34,13 +33,15 @@ def test_neighbours_equal_float64_brute_force(kind: str, shape: tuple[int, int, 
         assert_exact_neighbours(*found, queries, memory, k, "euclidean")
 
 
-@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize(("isa", "precision"), ENGINES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", ["plain", "shifted", "duplicated"])
-def test_every_instruction_set_and_metric_is_exact(isa: str, metric: Metric, kind: str) -> None:
+def test_every_instruction_set_and_metric_is_exact(
+    isa: str, precision: str, metric: Metric, kind: str
+) -> None:
     queries, memory = make_features(kind, 67, 1301, 45)
     for k in (1, 7, 100):
-        distances, indices, _ = _knn(queries, memory, k, metric, isa=isa)
+        distances, indices, _ = kernel_knn(queries, memory, k, metric, isa=isa, precision=precision)
         assert_exact_neighbours(distances, indices, queries, memory, k, metric)
 
 
@@ -116,19 +117,21 @@ def test_subnormal_features_are_exact_when_torch_flushes_them() -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("isa", _C.isas())
-def test_rows_one_unit_apart_are_told_apart(isa: str) -> None:
+@pytest.mark.parametrize(("isa", "precision"), ENGINES)
+def test_rows_one_unit_apart_are_told_apart(isa: str, precision: str) -> None:
     row = torch.rand(384) + 1
     memory = row.repeat(512, 1)
     for i in range(512):
         memory[i, i % 384] += (i % 5 + 1) * torch.finfo(torch.float32).eps
     queries = memory[::3].clone()
-    distances, indices, _ = _knn(queries, memory, 4, "euclidean", isa=isa)
+    distances, indices, _ = kernel_knn(
+        queries, memory, 4, "euclidean", isa=isa, precision=precision
+    )
     assert_exact_neighbours(distances, indices, queries, memory, 4, "euclidean")
 
 
-@pytest.mark.parametrize("isa", _C.isas())
-def test_rounding_of_the_tile_products_is_allowed_for(isa: str) -> None:
+@pytest.mark.parametrize(("isa", "precision"), ENGINES)
+def test_rounding_of_the_tile_products_is_allowed_for(isa: str, precision: str) -> None:
     # Whole numbers with mean 0 are packed into float32 without loss; their products are around
     # 2^31, where float32 counts in steps of 256, and the rows' distances differ by less.
     row = torch.randint(-4000, 4000, (384,)).float()
@@ -136,7 +139,7 @@ def test_rounding_of_the_tile_products_is_allowed_for(isa: str) -> None:
     memory = torch.cat([rows, -rows])
     queries = row + torch.randint(-9, 10, (100, 384))
     for metric in METRICS:
-        distances, indices, _ = _knn(queries, memory, 1, metric, isa=isa)
+        distances, indices, _ = kernel_knn(queries, memory, 1, metric, isa=isa, precision=precision)
         assert_exact_neighbours(distances, indices, queries, memory, 1, metric)
 
 
@@ -149,19 +152,21 @@ def test_a_query_finds_itself_at_distance_zero() -> None:
 
 def test_constant_memory_returns_the_first_rows_in_order() -> None:
     memory = torch.full((3000, 12), 7.25)
-    distances, indices, counters = _knn(torch.randn(30, 12), memory, 5, "euclidean")
+    distances, indices, counters = kernel_knn(torch.randn(30, 12), memory, 5, "euclidean")
     assert torch.equal(indices, torch.arange(5).expand(30, 5))
-    assert counters[1] == 30  # every shortlist overflows, and the answer stays right
+    assert counters[2] == 30  # every row ties, so every distance is taken
     assert torch.isfinite(distances).all()
 
 
-@pytest.mark.parametrize("isa", _C.isas())
-def test_shortlists_stay_short_on_gaussianmake_features(isa: str) -> None:
+@pytest.mark.parametrize(("isa", "precision"), ENGINES)
+def test_shortlists_stay_short_on_gaussian_features(isa: str, precision: str) -> None:
     queries, memory = torch.randn(300, 152), torch.randn(10_000, 152)
-    _, _, (reranked, exhaustive) = _knn(queries, memory, 9, "euclidean", isa=isa)
+    _, _, (reranked, _, exhaustive) = kernel_knn(
+        queries, memory, 9, "euclidean", isa=isa, precision=precision
+    )
     assert exhaustive == 0
-    # bfloat16 rounds 2^16 times as coarsely as float32.
-    assert reranked < (5 if isa.endswith("bf16") else 1.1) * 9 * 300
+    # bfloat16 rounds 2^16 times as coarsely as float32, whole numbers up to 127 (63) coarser still.
+    assert reranked < {"float32": 5, "bf16": 8, "int8": 30}[precision] * 9 * 300
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (0, 1, 0), (4, 5, 0)])
@@ -175,9 +180,9 @@ def test_empty_inputs_have_answers(shape: tuple[int, int, int]) -> None:
 
 def test_thread_count_does_not_change_the_answer() -> None:
     queries, memory = torch.randn(300, 40), torch.randn(5000, 40)
-    one = _knn(queries, memory, 5, "euclidean", threads=1)
+    one = kernel_knn(queries, memory, 5, "euclidean", threads=1)
     for threads in (2, 3, 8):
-        other = _knn(queries, memory, 5, "euclidean", threads=threads)
+        other = kernel_knn(queries, memory, 5, "euclidean", threads=threads)
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
 
@@ -193,7 +198,10 @@ def test_batch_size_does_not_change_the_answer() -> None:
 
 def test_instruction_sets_agree_bit_for_bit() -> None:
     queries, memory = torch.randn(100, 77), torch.randn(3000, 77)
-    results = [_knn(queries, memory, 6, "cosine", isa=isa) for isa in _C.isas()]
+    results = [
+        kernel_knn(queries, memory, 6, "cosine", isa=isa, precision=precision)
+        for isa, precision in ENGINES
+    ]
     for other in results[1:]:
         assert torch.equal(results[0][0], other[0])
         assert torch.equal(results[0][1], other[1])
@@ -231,7 +239,7 @@ def test_numpy_arrays_give_numpy_arrays() -> None:
 @pytest.mark.parametrize(
     ("error", "match", "call"),
     [
-        (TypeError, r"knn: queries must be float32, got int64", lambda q, x: (q.long(), x)),
+        (TypeError, r"knn: queries must be float32 or .*, got int64", lambda q, x: (q.long(), x)),
         (TypeError, r"knn: memory must be float32, got float64", lambda q, x: (q, x.double())),
         (TypeError, r"knn: queries and memory must both be", lambda q, x: (q.numpy(), x)),
         (TypeError, r"knn: queries must be a tensor .*, got list", lambda q, x: (q.tolist(), x)),
@@ -278,7 +286,9 @@ def test_an_explicit_backend_never_falls_back() -> None:
 
 def test_torch_sees_a_well_formed_operator() -> None:
     queries, memory = torch.randn(7, 20), torch.randn(30, 20)
-    torch.library.opcheck(torch.ops.pyfeat.knn.default, (queries, memory, 3, "euclidean"))
+    torch.library.opcheck(
+        torch.ops.pyfeat.knn.default, (queries, memory, 3, "euclidean", None, False)
+    )
 
 
 def test_torch_compiles_it_in_one_graph() -> None:
@@ -289,29 +299,3 @@ def test_torch_compiles_it_in_one_graph() -> None:
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(queries, memory), doubled(queries, memory))
-
-
-def _knn(
-    queries: Tensor,
-    memory: Tensor,
-    k: int,
-    metric: Metric,
-    *,
-    isa: str = "",
-    threads: int = 2,
-) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """The kernel with a chosen instruction set and thread count."""
-    queries, memory = queries.contiguous(), memory.contiguous()
-    distances = torch.full((len(queries), k), float("nan"))
-    indices = torch.full((len(queries), k), -1)
-    counters = _C.knn_cpu(
-        as_matrix(queries),
-        as_matrix(memory),
-        k,
-        getattr(_C.Metric, metric),
-        distances.data_ptr(),
-        indices.data_ptr(),
-        threads,
-        isa,
-    )
-    return distances, indices, counters

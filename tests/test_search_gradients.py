@@ -94,7 +94,9 @@ def test_one_input_alone_may_need_a_gradient() -> None:
 def test_the_gradient_passes_through_opcheck_and_compile() -> None:
     queries = torch.randn(7, 20, requires_grad=True)
     memory = torch.randn(30, 20, requires_grad=True)
-    torch.library.opcheck(torch.ops.pyfeat.knn.default, (queries, memory, 3, "euclidean"))
+    torch.library.opcheck(
+        torch.ops.pyfeat.knn.default, (queries, memory, 3, "euclidean", None, False)
+    )
 
     def loss(q: Tensor, x: Tensor) -> Tensor:
         return pyfeat.knn(q, x, 3).distances.square().sum()

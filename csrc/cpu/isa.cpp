@@ -17,6 +17,10 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
+#if defined(PYFEAT_ARM64) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace pyfeat {
 namespace {
@@ -71,6 +75,10 @@ std::vector<Isa> detect() {
     const Registers extended = cpuid(7, 0);
     if ((state & kYmmState) == kYmmState && has_bit(extended.ebx, 5)) {
         isas.push_back(Isa::kAvx2);
+        const Registers further = cpuid(7, 1);
+        if (has_bit(further.eax, 4)) {
+            isas.push_back(Isa::kAvx2Vnni);
+        }
         const bool foundation = has_bit(extended.ebx, 16);
         const bool dword_qword = has_bit(extended.ebx, 17);
         const bool byte_word = has_bit(extended.ebx, 30);
@@ -78,12 +86,29 @@ std::vector<Isa> detect() {
         if ((state & kZmmState) == kZmmState && foundation && dword_qword && byte_word &&
             vector_length) {
             isas.push_back(Isa::kAvx512);
-            const bool bfloat16 = has_bit(cpuid(7, 1).eax, 5);
-            if (bfloat16) {
+            const bool vnni = has_bit(extended.ecx, 11), bfloat16 = has_bit(further.eax, 5);
+            if (vnni) {
+                isas.push_back(Isa::kAvx512Vnni);
+            }
+            if (vnni && bfloat16) {
                 isas.push_back(Isa::kAvx512Bf16);
             }
         }
     }
+    return isas;
+}
+
+#elif defined(PYFEAT_ARM64)
+
+std::vector<Isa> detect() {
+    std::vector<Isa> isas{Isa::kScalar, Isa::kNeon};
+#if defined(__APPLE__)
+    isas.push_back(Isa::kNeonDot);  // every Apple processor of this kind has it
+#elif defined(__linux__)
+    if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) {
+        isas.push_back(Isa::kNeonDot);
+    }
+#endif
     return isas;
 }
 
@@ -101,10 +126,18 @@ const char* isa_name(Isa isa) {
     switch (isa) {
         case Isa::kAvx512Bf16:
             return "avx512_bf16";
+        case Isa::kAvx512Vnni:
+            return "avx512_vnni";
         case Isa::kAvx512:
             return "avx512";
+        case Isa::kAvx2Vnni:
+            return "avx2_vnni";
         case Isa::kAvx2:
             return "avx2";
+        case Isa::kNeonDot:
+            return "neon_dot";
+        case Isa::kNeon:
+            return "neon";
         case Isa::kScalar:
             break;
     }

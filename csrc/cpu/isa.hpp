@@ -7,8 +7,17 @@
 
 namespace pyfeat {
 
-// kAvx512Bf16 differs from kAvx512 only in the precision of its tiles.
-enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
+// kAvx512Bf16 has VNNI too: no processor multiplies bfloat16 but not bytes.
+enum class Isa {
+    kScalar,
+    kAvx2,
+    kAvx2Vnni,
+    kAvx512,
+    kAvx512Vnni,
+    kAvx512Bf16,
+    kNeon,
+    kNeonDot,
+};
 
 const char* isa_name(Isa isa);
 

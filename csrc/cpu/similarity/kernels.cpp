@@ -3,27 +3,25 @@
 #include "cpu/similarity/kernels.hpp"
 
 #include "cpu/similarity/distances.hpp"
-#if defined(PYFEAT_ISA_AVX512_BF16)
 #include "cpu/similarity/tile_bf16.hpp"
-#else
 #include "cpu/similarity/tile_float32.hpp"
-#endif
+#include "cpu/similarity/tile_int8.hpp"
 
 namespace pyfeat::PYFEAT_ISA_NAMESPACE {
 
 static_assert(kTileQueries <= kMaxTileQueries && kTileRows <= kMaxTileRows);
 
 const Kernels kernels{
-    kTileQueries,
-    kTileRows,
-    kPackedValues,
-    tile_product,
-    mark_scores,
-    pack_row,
-    squared_norm,
-    dot,
-    squared_distance,
-    farthest_pass,
+    {row_kernels<Float32>(),
+     row_kernels<Float64>(),
+     row_kernels<Float16>(),
+     row_kernels<Bfloat16>()},
+    {float32_tiles(), bf16_tiles(), int8_tiles()},
+#if defined(PYFEAT_ISA_AVX512_BF16)
+    {Precision::kFloat32, Precision::kBfloat16, Precision::kInt8},
+#else
+    {Precision::kBfloat16, Precision::kFloat32, Precision::kInt8},
+#endif
 };
 
 }  // namespace pyfeat::PYFEAT_ISA_NAMESPACE

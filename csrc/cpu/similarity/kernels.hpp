@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "cpu/isa.hpp"
 #include "params.hpp"
@@ -14,77 +16,123 @@ namespace pyfeat {
 constexpr int kMaxTileQueries = 12;
 constexpr int kMaxTileRows = 32;
 
-struct Farthest {
-    double squared_distance = -1.0;
-    std::int64_t index = -1;
-    std::int64_t num_distances = 0;  // computed on the way
-};
+// What the tiles multiply, coarsest last.
+enum class Precision { kFloat32, kBfloat16, kInt8 };
+constexpr int kNumPrecisions = 3;
 
-// How a feature becomes a packed value: (x * row_scale - mean) * scale, computed in float64.
+// How a feature becomes a value to pack: (x * row_scale - mean) * scale, computed in float64.
 struct Transform {
     const double* mean;  // [D]
     double scale;        // a power of two
 };
 
-// What packing one row has made of it, in float64 and in the units of the frame.
-struct PackedRow {
-    double squared_norm;      // of the transformed row x
-    double squared_residual;  // ||x - x^||^2, x^ being what is stored
-    double mean_product;      // x . (mean * scale)
+// A transformed row, in float64 and in the units of the frame.
+struct TransformedRow {
+    double squared_norm;
+    double mean_product;  // x . (mean * scale)
+    double largest;       // magnitude of a feature
 };
 
-struct Kernels {
-    int tile_queries;   // MR
-    int tile_rows;      // NR
-    int packed_values;  // features that one 4-byte word of a panel holds: 1 float32 or 2 bfloat16
+// What rounding has made of a transformed row x: unit * (whole numbers), or the values themselves.
+struct RoundedRow {
+    double squared_residual;  // ||x - x^||^2, x^ being what is stored
+    float unit;               // 1 unless the panel holds whole numbers
+};
 
-    // products[r, c] = sum over d of a[d, r] * b[d, c], accumulated in float32.
-    // a and b are panels of MR and NR rows; products [MR, NR]; b and products aligned to 64 bytes.
-    void (*tile_product)(std::int64_t dim, const float* a, const float* b, float* products);
+// Bounds that hold for every row of one panel, in the frame's units. For query q and row x
+//   |score - exact score| <= ||q|| * reach + e_q * norm + slack,   e_q >= ||q - q_packed||.
+struct ErrorBounds {
+    float norm = 0.0F;
+    float reach = 0.0F;
+    float slack = 0.0F;
+};
 
-    // Scores row_terms[c] - products[r, c] in place; bit c of marks[r] says scores[r, c] <=
-    // limits[r] (false for NaN). Returns whether any bit is set.
-    bool (*mark_scores)(float* products,
-                        const float* row_terms,
-                        const float* limits,
-                        std::uint32_t* marks);
+// One tile: MR queries by NR rows. Floats lie on 64-byte boundaries, but for the query arrays.
+struct Tile {
+    std::int64_t words;            // 4-byte words that hold the features of one row
+    const float* query_panel;      // [words, MR]
+    const float* row_panel;        // [header + words, NR]
+    const float* row_terms;        // [NR], NaN for rows that are not there
+    const float* row_units;        // [NR]
+    const float* query_units;      // [MR]
+    const float* query_norms;      // [MR]
+    const float* query_residuals;  // [MR], e_q
+    const float* thresholds;       // [MR], -infinity for queries that are not there
+    ErrorBounds bounds;            // of the row panel
+};
 
-    // Writes one transformed row into column `lane` of a panel [words, width].
-    PackedRow (*pack_row)(const float* row,
-                          double row_scale,
-                          std::int64_t dim,
-                          const Transform& transform,
-                          float* panel,
-                          int width,
-                          int lane);
+// The tile product in one precision. The seam for matrix units: a table of its own, with its own
+// tile shape and its own way of filling panels.
+struct TileKernels {
+    int queries;        // MR
+    int rows;           // NR
+    int packed_values;  // features that one 4-byte word holds: 1, 2 or 4
+    int header_words;   // of a row panel, for each row
 
-    // 4-byte words of one row of a panel.
+    // Roundings of one product of D features, relative to the norms of its factors: an error of
+    // n u / (1 - n u), u = 2^-24, with n = roundings_per_feature * D + roundings.
+    int roundings_per_feature, roundings;
+    std::int64_t largest_dim;  // D for which sums cannot overflow
+
+    // Rounds one transformed row [D] into column `lane` of a panel.
+    RoundedRow (*pack_row)(
+        const double* values, std::int64_t dim, double largest, float* panel, int lane);
+    RoundedRow (*pack_query)(
+        const double* values, std::int64_t dim, double largest, float* panel, int lane);
+
+    // scores[r, c] = row_terms[c] - q_r . x_c, and bit c of marks[r] says that it is no more than
+    // thresholds[r] plus its error bound (false for NaN). Returns whether any bit is set; only then
+    // the scores are written.
+    bool (*score)(const Tile& tile, float* scores, std::uint32_t* marks);
+
+    // 4-byte words of the features of one row.
     std::int64_t words(std::int64_t dim) const {
         return (dim + packed_values - 1) / packed_values;
     }
+    // 4-byte words of one row of a row panel.
+    std::int64_t row_words(std::int64_t dim) const {
+        return header_words + words(dim);
+    }
+};
 
-    // Sums in float64 over 16 interleaved partial sums, without fused multiply-add: the same bits
-    // from every instruction set.
-    double (*squared_norm)(const float* row, std::int64_t dim);
-    double (*dot)(const double* query, const float* row, std::int64_t dim);
+// float64 sums over the features of rows of one dtype, over 16 interleaved partial sums and
+// without fused multiply-add: the same bits from every instruction set.
+struct RowKernels {
+    double (*squared_norm)(const void* row, std::int64_t dim);
+    double (*dot)(const double* query, const void* row, std::int64_t dim);
     double (*squared_distance)(const double* query,
-                               const float* row,
+                               const void* row,
                                double row_scale,
                                std::int64_t dim);
+    TransformedRow (*transform)(const void* row,
+                                double row_scale,
+                                std::int64_t dim,
+                                const Transform& transform,
+                                double* values);
+    // values[d] = row[d] * row_scale
+    void (*load)(const void* row, double row_scale, std::int64_t dim, double* values);
+};
 
-    // Lowers squared_distances [rows.num_rows] by the distances to `center` [D], pick number
-    // `pick`, and returns the largest, the lowest index among equals. A row at or below
-    // unreachable[owners[i]] cannot be nearer to the center than to its owner, and is not looked
-    // at.
-    Farthest (*farthest_pass)(const Rows& rows,
-                              const double* center,
-                              std::int32_t pick,
-                              const double* unreachable,
-                              double* squared_distances,
-                              std::int32_t* owners);
+struct Kernels {
+    RowKernels rows[kNumDtypes];        // by Dtype
+    TileKernels tiles[kNumPrecisions];  // by Precision
+    // Fastest last.
+    Precision order[kNumPrecisions];
+
+    const RowKernels& row_kernels(Dtype dtype) const {
+        return rows[static_cast<int>(dtype)];
+    }
+    const TileKernels& tile_kernels(Precision precision) const {
+        return tiles[static_cast<int>(precision)];
+    }
 };
 
 const Kernels& kernels_for(Isa isa);
+
+const char* precision_name(Precision precision);
+
+// `name` or, if it is empty, the fastest for rows of this width; throws if there is none such.
+Precision resolve_precision(const std::string& name, Isa isa, std::int64_t dim);
 
 namespace scalar {
 extern const Kernels kernels;
@@ -92,11 +140,22 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+namespace avx2_vnni {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
-
+namespace avx512_vnni {
+extern const Kernels kernels;
+}
 namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace neon {
+extern const Kernels kernels;
+}
+namespace neon_dot {
 extern const Kernels kernels;
 }
 

@@ -1,107 +1,135 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rows that may still be among the k nearest of a query, by bounds on their scores.
+// The k nearest rows of every query, found by bounds on their scores first and by float64 distances
+// where the bounds do not decide.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
 
+#include "cpu/similarity/exact.hpp"
+#include "cpu/similarity/limits.hpp"
+#include "cpu/similarity/pack.hpp"
+
 namespace pyfeat {
 
-// float32 at or above / at or below a float64 value: the nearest float is off by at most 2^-24 of
-// the value, or 2^-150 where it underflows.
-inline float round_up(double value) {
-    return static_cast<float>(value + std::abs(value) * 0x1p-23 + 0x1p-149);
-}
-inline float round_down(double value) {
-    return static_cast<float>(value - std::abs(value) * 0x1p-23 - 0x1p-149);
-}
-
-// The rows that may still be among the k nearest, for each of a range of queries. A row's score
-// lies in [lower, upper]; `threshold` is the k-th smallest upper so far, so a row whose lower
-// exceeds it cannot win.
+// Rows whose lowest possible score is no more than that of the k-th nearest so far wait in a list;
+// when it is full, their distances are taken, the most promising first, until the next one's lowest
+// score is beyond the k-th nearest. Collector of a Sweep.
 class Shortlists {
   public:
-    Shortlists(std::int64_t num_queries, std::int64_t k)
-        : k_(k),
+    // A query that has taken more than `patience` distances gives up: its bounds are too coarse.
+    Shortlists(const SearchParams& params,
+               const Kernels& kernels,
+               const ScoreLimits& limits,
+               const std::vector<std::int64_t>& ids,
+               const PackedQueries& queries,
+               std::int64_t k,
+               std::int64_t patience)
+        : params_(params),
+          kernels_(kernels),
+          limits_(limits),
+          ids_(ids),
+          queries_(queries),
+          k_(k),
           capacity_(capacity_for(k)),
-          thresholds_(to_size(num_queries), std::numeric_limits<float>::infinity()),
-          num_uppers_(to_size(num_queries), 0),
-          num_candidates_(to_size(num_queries), 0),
-          uppers_(to_size(num_queries * k)),
-          candidates_(to_size(num_queries * capacity_)) {}
+          patience_(patience),
+          thresholds_(queries.beyond.size(), std::numeric_limits<float>::infinity()),
+          num_waiting_(queries.beyond.size(), 0),
+          num_ranked_(queries.beyond.size(), 0),
+          num_taken_(queries.beyond.size(), 0),
+          waiting_(queries.beyond.size() * to_size(capacity_)),
+          nearest_(queries.beyond.size() * to_size(k)) {
+        for (std::size_t slot = 0; slot < queries.beyond.size(); ++slot) {
+            if (queries.beyond[slot] != 0) {
+                give_up(slot);
+            }
+        }
+    }
 
     static std::int64_t capacity_for(std::int64_t k) {
-        return 64 + 4 * k;
+        return 64 + 2 * k;
     }
     static std::int64_t bytes_per_query(std::int64_t k) {
-        return 4 * k + 16 * capacity_for(k) + 12;
+        return 16 * k + 16 * capacity_for(k) + 20;
     }
 
-    float threshold(std::int64_t query) const {
-        return thresholds_[to_size(query)];
+    const float* thresholds() const {
+        return thresholds_.data();
+    }
+    bool gave_up(std::int64_t slot) const {
+        return num_waiting_[to_size(slot)] < 0;
+    }
+    std::int64_t num_taken(std::int64_t slot) const {
+        return num_taken_[to_size(slot)];
     }
 
-    bool overflowed(std::int64_t query) const {
-        return num_candidates_[to_size(query)] < 0;
-    }
-
-    void offer(std::int64_t query, float lower, float upper, std::int64_t row) {
-        const std::size_t q = to_size(query);
-        float& threshold = thresholds_[q];
-        std::int32_t& count = num_candidates_[q];
-        if (lower > threshold || count < 0) {
+    void offer(std::int64_t slot, float lower, std::int64_t row) {
+        const std::size_t s = to_size(slot);
+        std::int32_t& count = num_waiting_[s];
+        if (lower > thresholds_[s] || count < 0) {
             return;
         }
-        Candidate* candidates = &candidates_[to_size(query * capacity_)];
-        if (count == capacity_) {
-            count = static_cast<std::int32_t>(
-                std::remove_if(candidates,
-                               candidates + count,
-                               [=](const Candidate& c) { return c.lower > threshold; }) -
-                candidates);
-            if (count > capacity_ - capacity_ / 4) {
-                count = -1;
-                threshold = -std::numeric_limits<float>::infinity();  // nothing more is marked for
-                                                                      // this query
-                return;
+        waiting_[to_size(slot * capacity_ + count)] = {lower, row};
+        if (++count == capacity_) {
+            ExactDistances exact(params_, kernels_);
+            exact.begin(ids_[s]);
+            settle(slot, exact);
+            if (num_taken_[s] > patience_) {
+                give_up(s);
             }
-        }
-        candidates[count++] = {lower, row};
-
-        float* heap = &uppers_[to_size(query * k_)];
-        std::int32_t& held = num_uppers_[q];
-        if (held < k_) {
-            heap[held++] = upper;
-            std::push_heap(heap, heap + held);
-        } else if (upper < heap[0]) {
-            std::pop_heap(heap, heap + k_);
-            heap[k_ - 1] = upper;
-            std::push_heap(heap, heap + k_);
-        }
-        if (held == k_) {
-            threshold = heap[0];
         }
     }
 
-    void append_uppers(std::int64_t query, std::vector<float>& uppers) const {
-        const float* heap = &uppers_[to_size(query * k_)];
-        uppers.insert(uppers.end(), heap, heap + num_uppers_[to_size(query)]);
-    }
-
-    void append_rows(std::int64_t query, float threshold, std::vector<std::int64_t>& rows) const {
-        const Candidate* candidates = &candidates_[to_size(query * capacity_)];
-        for (std::int32_t i = 0; i < num_candidates_[to_size(query)]; ++i) {
-            if (candidates[i].lower <= threshold) {
-                rows.push_back(candidates[i].row);
+    // Takes the distances of the rows that wait and may win; none waits any more.
+    void settle(std::int64_t slot, const ExactDistances& exact) {
+        const std::size_t s = to_size(slot);
+        Waiting* waiting = &waiting_[to_size(slot * capacity_)];
+        Ranked* nearest = &nearest_[to_size(slot * k_)];
+        std::int32_t& held = num_ranked_[s];
+        Waiting* end = waiting + num_waiting_[s];
+        std::sort(waiting, end, [](const Waiting& a, const Waiting& b) {
+            return a.lower < b.lower || (a.lower == b.lower && a.row < b.row);
+        });
+        for (const Waiting* next = waiting; next != end && next->lower <= thresholds_[s]; ++next) {
+            if (next + 1 != end) {
+                exact.prefetch(next[1].row);
+            }
+            ++num_taken_[s];
+            const Ranked found{exact.key(next->row), next->row};
+            if (!found.is_usable()) {
+                continue;
+            }
+            if (held < k_) {
+                nearest[held++] = found;
+                std::push_heap(nearest, nearest + held);
+            } else if (found < nearest[0]) {
+                std::pop_heap(nearest, nearest + held);
+                nearest[held - 1] = found;
+                std::push_heap(nearest, nearest + held);
+            }
+            if (held == k_) {
+                lower_threshold(slot, nearest[0].key);
             }
         }
+        num_waiting_[s] = 0;
+    }
+
+    // Another list of the same queries has found k rows with keys of at most `key`.
+    void lower_threshold(std::int64_t slot, double key) {
+        const std::size_t s = to_size(slot);
+        thresholds_[s] = std::min(thresholds_[s], limits_.at(queries_.terms[s], key));
+    }
+
+    // The nearest so far, in no order.
+    void append_nearest(std::int64_t slot, std::vector<Ranked>& nearest) const {
+        const Ranked* first = &nearest_[to_size(slot * k_)];
+        nearest.insert(nearest.end(), first, first + num_ranked_[to_size(slot)]);
     }
 
   private:
-    struct Candidate {
+    struct Waiting {
         float lower;
         std::int64_t row;
     };
@@ -109,11 +137,23 @@ class Shortlists {
         return static_cast<std::size_t>(value);
     }
 
-    std::int64_t k_, capacity_;
-    std::vector<float> thresholds_;
-    std::vector<std::int32_t> num_uppers_, num_candidates_;
-    std::vector<float> uppers_;          // [Q, k], a max-heap each
-    std::vector<Candidate> candidates_;  // [Q, capacity]
+    // Nothing more is marked for this query.
+    void give_up(std::size_t slot) {
+        num_waiting_[slot] = -1;
+        thresholds_[slot] = -std::numeric_limits<float>::infinity();
+    }
+
+    const SearchParams& params_;
+    const Kernels& kernels_;
+    const ScoreLimits& limits_;
+    const std::vector<std::int64_t>& ids_;  // [slots] which queries
+    const PackedQueries& queries_;
+    std::int64_t k_, capacity_, patience_;
+    std::vector<float> thresholds_;  // [slots]
+    std::vector<std::int32_t> num_waiting_, num_ranked_;
+    std::vector<std::int64_t> num_taken_;
+    std::vector<Waiting> waiting_;  // [slots, capacity]
+    std::vector<Ranked> nearest_;   // [slots, k], a max-heap each
 };
 
 }  // namespace pyfeat

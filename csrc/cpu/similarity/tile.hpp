@@ -6,51 +6,102 @@
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/simd.hpp"
 
+// Sums stay in registers only if the loops over a tile are unrolled before they are optimised.
+#if defined(__clang__)
+#define PYFEAT_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define PYFEAT_UNROLL _Pragma("GCC unroll 16")
+#else
+#define PYFEAT_UNROLL
+#endif
+
+#if defined(__GNUC__)
+#define PYFEAT_NOINLINE __attribute__((noinline))
+#elif defined(_MSC_VER)
+#define PYFEAT_NOINLINE __declspec(noinline)
+#else
+#define PYFEAT_NOINLINE
+#endif
+
 namespace {
 
-// products = sum over words of accumulate(query word, row words, sum), all sums in registers.
-template <Floats (*accumulate)(Floats query, Floats rows, Floats sum)>
-inline void multiply_panels(std::int64_t words, const float* a, const float* b, float* products) {
-    Floats sums[kTileQueries][kTileVectors];
+// thresholds[r] plus the largest error of any row of the panel, rounded up: the factors outweigh
+// three roundings to float32 each. NaN, which nothing is below, for queries that are not there.
+inline void fill_limits(const pyfeat::Tile& tile, float* limits) {
+    constexpr float kSpare = 1.0F + 0x1p-20F, kUlps = 0x1p-22F;
+    const pyfeat::ErrorBounds& bounds = tile.bounds;
     for (int r = 0; r < kTileQueries; ++r) {
-        for (int v = 0; v < kTileVectors; ++v) {
-            sums[r][v] = zero();
+        const float error = (tile.query_norms[r] * bounds.reach +
+                             tile.query_residuals[r] * bounds.norm + bounds.slack) *
+                            kSpare;
+        const float threshold = tile.thresholds[r];
+        limits[r] = threshold + ((threshold < 0.0F ? -threshold : threshold) * kUlps + error);
+    }
+}
+
+// sums [MR, NR] of one tile. A function of its own: what follows would take registers away from
+// the sums. Product: `Sum`, the register of running sums; first(header), what they start from;
+// accumulate(query, rows, sum), given a word of each; put(p, sum) and score(p, ...), see below.
+template <typename Product>
+PYFEAT_NOINLINE void multiply_panels(std::int64_t words,
+                                     const float* a,
+                                     const float* b,
+                                     float* products) {
+    using Sum = typename Product::Sum;
+    Sum sums[kTileQueries][kTileVectors];
+    PYFEAT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) {
+        PYFEAT_UNROLL
+        for (int r = 0; r < kTileQueries; ++r) {
+            sums[r][v] = Product::first(b + v * kLanes);
         }
     }
+    b += Product::kHeaderWords * kTileRows;
     for (std::int64_t w = 0; w < words; ++w) {
-        Floats rows[kTileVectors];
+        typename Product::Words rows[kTileVectors];
+        PYFEAT_UNROLL
         for (int v = 0; v < kTileVectors; ++v) {
-            rows[v] = load(b + v * kLanes);
+            rows[v] = Product::load_rows(b + v * kLanes);
         }
+        PYFEAT_UNROLL
         for (int r = 0; r < kTileQueries; ++r) {
-            const Floats query = broadcast(a[r]);
+            const typename Product::Words query = Product::load_query(a + r);
+            PYFEAT_UNROLL
             for (int v = 0; v < kTileVectors; ++v) {
-                sums[r][v] = accumulate(query, rows[v], sums[r][v]);
+                sums[r][v] = Product::accumulate(query, rows[v], sums[r][v]);
             }
         }
         a += kTileQueries;
         b += kTileRows;
     }
+    PYFEAT_UNROLL
     for (int r = 0; r < kTileQueries; ++r) {
+        PYFEAT_UNROLL
         for (int v = 0; v < kTileVectors; ++v) {
-            store(products + r * kTileRows + v * kLanes, sums[r][v]);
+            Product::put(products + r * kTileRows + v * kLanes, sums[r][v]);
         }
     }
 }
 
-bool mark_scores(float* products,
-                 const float* row_terms,
-                 const float* limits,
-                 std::uint32_t* marks) {
+template <typename Product>
+bool score_tile(const pyfeat::Tile& tile, float* scores, std::uint32_t* marks) {
+    multiply_panels<Product>(tile.words, tile.query_panel, tile.row_panel, scores);
+    alignas(64) float limits[kTileQueries];
+    fill_limits(tile, limits);
+    Floats terms[kTileVectors], units[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) {
+        terms[v] = load(tile.row_terms + v * kLanes);
+        units[v] = load(tile.row_units + v * kLanes);
+    }
     std::uint32_t any = 0;
     for (int r = 0; r < kTileQueries; ++r) {
-        const Floats limit = broadcast(limits[r]);
+        const Floats limit = broadcast(limits[r]), unit = broadcast(tile.query_units[r]);
         std::uint32_t mark = 0;
         for (int v = 0; v < kTileVectors; ++v) {
-            float* at = products + r * kTileRows + v * kLanes;
-            const Floats scores = subtract(load(row_terms + v * kLanes), load(at));
-            store(at, scores);
-            mark |= less_or_equal(scores, limit) << (v * kLanes);
+            float* at = scores + r * kTileRows + v * kLanes;
+            const Floats score = Product::score(at, terms[v], units[v], unit);
+            store(at, score);
+            mark |= less_or_equal(score, limit) << (v * kLanes);
         }
         marks[r] = mark;
         any |= mark;
@@ -58,43 +109,29 @@ bool mark_scores(float* products,
     return any != 0;
 }
 
-// Transforms a row in blocks: round(values) rounds the values of a block in place to what is
-// stored, put(d, values) stores them from feature d on, and the difference is measured. The last
-// block is filled up with zeros, of which put must store no more than the panel has room for.
-template <typename Round, typename Put>
-inline pyfeat::PackedRow transform_row(const float* row,
-                                       double row_scale,
-                                       std::int64_t dim,
-                                       const pyfeat::Transform& transform,
-                                       Round round,
-                                       Put put) {
-    const double* mean = transform.mean;
-    const double scale = transform.scale;
-    PartialSums norm, residual, product;
-    const auto block = [&](std::int64_t first, int count) {
-        float values[kSums] = {};
-        double exact[kSums] = {};
-        for (int i = 0; i < count; ++i) {
-            exact[i] = (static_cast<double>(row[first + i]) * row_scale - mean[first + i]) * scale;
-            values[i] = static_cast<float>(exact[i]);
-            norm.at[i] += exact[i] * exact[i];
-            product.at[i] += exact[i] * (mean[first + i] * scale);
+// Calls block(first, count, values, rounded) for 16 features at a time, as float32, the last block
+// filled up with zeros; it stores the `count` that the panel has room for and says in float64 what
+// it has stored. Returns the squared difference to the exact values.
+template <typename Block>
+inline double round_in_blocks(const double* exact, std::int64_t dim, Block block) {
+    PartialSums residual;
+    for (std::int64_t first = 0; first < dim; first += kSums) {
+        const std::int64_t count = dim - first < kSums ? dim - first : kSums;
+        double wanted[kSums] = {}, rounded[kSums];
+        float values[kSums];
+        for (std::int64_t i = 0; i < count; ++i) {
+            wanted[i] = exact[first + i];
         }
-        round(values);
         for (int i = 0; i < kSums; ++i) {
-            const double lost = exact[i] - static_cast<double>(values[i]);
+            values[i] = static_cast<float>(wanted[i]);
+        }
+        block(first, count, values, rounded);
+        for (int i = 0; i < kSums; ++i) {
+            const double lost = wanted[i] - rounded[i];
             residual.at[i] += lost * lost;
         }
-        put(first, values);
-    };
-    const std::int64_t whole = dim - dim % kSums;
-    for (std::int64_t d = 0; d < whole; d += kSums) {
-        block(d, kSums);
     }
-    if (whole < dim) {
-        block(whole, static_cast<int>(dim - whole));
-    }
-    return {norm.total(), residual.total(), product.total()};
+    return residual.total();
 }
 
 }  // namespace

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+using Floats = __m512;
+using Ints = __m512i;
+constexpr int kLanes = 16;
+// 24 accumulators, 2 registers of rows and 1 query value fill 27 of the 32 registers.
+constexpr int kTileQueries = 12;
+constexpr int kTileVectors = 2;
+
+inline Floats zero() {
+    return _mm512_setzero_ps();
+}
+inline Floats load(const float* p) {
+    return _mm512_load_ps(p);
+}
+inline void store(float* p, Floats v) {
+    _mm512_store_ps(p, v);
+}
+inline Floats broadcast(float value) {
+    return _mm512_set1_ps(value);
+}
+inline Floats multiply(Floats a, Floats b) {
+    return _mm512_mul_ps(a, b);
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+// c - a b
+inline Floats negative_multiply_add(Floats a, Floats b, Floats c) {
+    return _mm512_fnmadd_ps(a, b, c);
+}
+inline Floats subtract(Floats a, Floats b) {
+    return _mm512_sub_ps(a, b);
+}
+inline std::uint32_t less_or_equal(Floats a, Floats b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
+}
+inline Ints load_ints(const float* p) {
+    return _mm512_load_si512(p);
+}
+inline void store_ints(float* p, Ints v) {
+    _mm512_store_si512(p, v);
+}
+inline Ints broadcast_word(const float* p) {
+    return _mm512_castps_si512(_mm512_set1_ps(*p));
+}
+inline Floats to_floats(Ints v) {
+    return _mm512_cvtepi32_ps(v);
+}
+inline Floats low_halves(Ints pairs) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+}
+inline Floats high_halves(Ints pairs) {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000U))));
+}
+
+#if defined(PYFEAT_ISA_AVX512_VNNI)
+constexpr int kQueryLevels = 127;
+constexpr int kQueryOffset = 128;
+
+inline Ints multiply_bytes(Ints query, Ints rows, Ints sum) {
+    return _mm512_dpbusd_epi32(sum, query, rows);
+}
+#else
+// Pairs of products are added in 16 bits: 2 * 126 * 127 = 32,004 < 2^15.
+constexpr int kQueryLevels = 63;
+constexpr int kQueryOffset = 63;
+
+inline Ints multiply_bytes(Ints query, Ints rows, Ints sum) {
+    const Ints pairs = _mm512_maddubs_epi16(query, rows);
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#endif
+
+}  // namespace

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// int8 tiles: panels [(D + 3) / 4, width] of four features to a word, each row a unit times whole
+// numbers. Sums of products are exact. Where the instruction takes unsigned bytes for one factor,
+// queries are stored with kQueryOffset added to every byte, and the sums of a row start from
+// -kQueryOffset times the sum of its bytes, kept in the first word of its column.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/similarity/tile.hpp"
+
+namespace {
+
+constexpr int kRowLevels = 127;
+
+struct Int8Product {
+    using Sum = Ints;
+    using Words = Ints;
+    static constexpr int kHeaderWords = 1;
+
+    static Sum first(const float* header) {
+        return load_ints(header);
+    }
+    static Words load_rows(const float* p) {
+        return load_ints(p);
+    }
+    static Words load_query(const float* p) {
+        return broadcast_word(p);
+    }
+    static Sum accumulate(Words query, Words rows, Sum sum) {
+        return multiply_bytes(query, rows, sum);
+    }
+    static void put(float* p, Sum sum) {
+        store_ints(p, sum);
+    }
+    // Four roundings at most: to float32, two products, and where they are not fused a difference.
+    static Floats score(const float* product, Floats term, Floats row_unit, Floats query_unit) {
+        const Floats scaled = multiply(to_floats(load_ints(product)), row_unit);
+        return negative_multiply_add(query_unit, scaled, term);
+    }
+};
+
+// Bytes are whole numbers in [-kLevels, kLevels] plus kOffset.
+template <int kWidth, int kLevels, int kOffset, int kHeaderWords>
+pyfeat::RoundedRow pack_int8(
+    const double* exact, std::int64_t dim, double largest, float* panel, int lane) {
+    const float unit = static_cast<float>(largest / kLevels);
+    // Below the smallest normal number a unit loses digits: such a row is packed as zeros.
+    const bool zeros = !(unit >= 0x1p-126F);
+    const float inverse = zeros ? 0.0F : 1.0F / unit;
+    std::int32_t sum = 0;
+    float* words = panel + kHeaderWords * kWidth + lane;
+    const auto block = [&](std::int64_t first, std::int64_t count, float* values, double* rounded) {
+        std::uint8_t bytes[kSums];
+        for (int i = 0; i < kSums; ++i) {
+            // Adding and taking away 1.5 * 2^23 rounds to a whole number.
+            constexpr float kRound = 12582912.0F;
+            float whole = values[i] * inverse + kRound - kRound;
+            whole = whole < -kLevels ? -kLevels : (whole > kLevels ? kLevels : whole);
+            const int number = static_cast<int>(whole);
+            sum += number;
+            bytes[i] = static_cast<std::uint8_t>(number + kOffset);
+            rounded[i] = static_cast<double>(whole) * static_cast<double>(unit);
+        }
+        for (std::int64_t i = 0; i < count; i += 4) {
+            std::memcpy(words + (first + i) / 4 * kWidth, bytes + i, 4);
+        }
+    };
+    const double residual = round_in_blocks(exact, dim, block);
+    if (kHeaderWords > 0) {
+        const std::int32_t start = -kQueryOffset * sum;
+        std::memcpy(panel + lane, &start, sizeof(start));
+    }
+    return {residual, unit};
+}
+
+constexpr pyfeat::TileKernels int8_tiles() {
+    return {kTileQueries,
+            kTileRows,
+            4,
+            Int8Product::kHeaderWords,
+            0,
+            4,
+            std::int64_t{1} << 15,  // 2^15 * 256 * 127 < 2^31
+            pack_int8<kTileRows, kRowLevels, 0, Int8Product::kHeaderWords>,
+            pack_int8<kTileQueries, kQueryLevels, kQueryOffset, 0>,
+            score_tile<Int8Product>};
+}
+
+}  // namespace
