@@ -40,13 +40,15 @@ SearchParams to_search(const char* op,
                        const Matrix& memory,
                        Metric metric,
                        const MaskMatrix& mask,
-                       NonFinite nonfinite) {
+                       NonFinite nonfinite,
+                       double bound_scale) {
     return {op,
             to_rows(queries),
             to_rows(memory),
             metric,
             {reinterpret_cast<const std::uint8_t*>(mask.first), mask.second},
-            nonfinite};
+            nonfinite,
+            bound_scale};
 }
 
 template <typename T>
@@ -88,8 +90,9 @@ Counts bind_knn(const Matrix& queries,
                 int num_threads,
                 const std::string& isa_name,
                 const std::string& precision_name,
-                const PackedMemory* packed) {
-    const KnnParams params{to_search("knn", queries, memory, metric, mask, nonfinite),
+                const PackedMemory* packed,
+                double bound_scale) {
+    const KnnParams params{to_search("knn", queries, memory, metric, mask, nonfinite, bound_scale),
                            k,
                            to_pointer<void>(distances),
                            distance_dtype,
@@ -116,9 +119,10 @@ py::tuple bind_within(const Matrix& queries,
                       int num_threads,
                       const std::string& isa_name,
                       const std::string& precision_name,
-                      const PackedMemory* packed) {
-    const RangeParams params{to_search("range_search", queries, memory, metric, mask, nonfinite),
-                             radius};
+                      const PackedMemory* packed,
+                      double bound_scale) {
+    const RangeParams params{
+        to_search("range_search", queries, memory, metric, mask, nonfinite, bound_scale), radius};
     SearchCounters counters;
     RangeResult result = run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
         const Precision precision = resolve_precision(precision_name, isa, params.memory.dim);
@@ -135,11 +139,13 @@ std::unique_ptr<PackedMemory> bind_pack(const Matrix& memory,
                                         NonFinite nonfinite,
                                         int num_threads,
                                         const std::string& isa_name,
-                                        const std::string& precision_name) {
+                                        const std::string& precision_name,
+                                        double bound_scale) {
     const Rows rows = to_rows(memory);
     return run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
         const Precision precision = resolve_precision(precision_name, isa, rows.dim);
-        return std::make_unique<PackedMemory>(rows, metric, nonfinite, isa, precision, execution);
+        return std::make_unique<PackedMemory>(
+            rows, metric, nonfinite, isa, precision, bound_scale, execution);
     });
 }
 
@@ -223,7 +229,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
              py::arg("nonfinite"),
              py::arg("num_threads"),
              py::arg("isa") = "",
-             py::arg("precision") = "")
+             py::arg("precision") = "",
+             py::arg("bound_scale") = 1.0)
         .def_property_readonly(
             "precision", [](const PackedMemory& self) { return precision_name(self.precision); });
 
@@ -249,7 +256,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("num_threads"),
           py::arg("isa") = "",
           py::arg("precision") = "",
-          py::arg("packed") = nullptr);
+          py::arg("packed") = nullptr,
+          py::arg("bound_scale") = 1.0);
     m.def("within_cpu",
           &bind_within,
           py::arg("queries"),
@@ -261,7 +269,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("num_threads"),
           py::arg("isa") = "",
           py::arg("precision") = "",
-          py::arg("packed") = nullptr);
+          py::arg("packed") = nullptr,
+          py::arg("bound_scale") = 1.0);
     m.def("farthest_cpu",
           &bind_farthest,
           py::arg("rows"),

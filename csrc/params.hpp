@@ -49,6 +49,7 @@ struct SearchParams {
     Metric metric;
     Mask mask;
     NonFinite nonfinite;
+    double bound_scale;  // of the error bounds; 1 but for tests that show what they are for
 };
 
 struct KnnParams : SearchParams {

@@ -35,6 +35,7 @@ class PackedMemory:
         num_threads: int,
         isa: str = "",
         precision: str = "",
+        bound_scale: float = 1.0,
     ) -> None: ...
     @property
     def precision(self) -> str: ...
@@ -56,6 +57,7 @@ def knn_cpu(
     isa: str = "",
     precision: str = "",
     packed: PackedMemory | None = None,
+    bound_scale: float = 1.0,
 ) -> tuple[int, int, int]: ...
 def within_cpu(
     queries: _Matrix,
@@ -68,6 +70,7 @@ def within_cpu(
     isa: str = "",
     precision: str = "",
     packed: PackedMemory | None = None,
+    bound_scale: float = 1.0,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], tuple[int, int, int]]: ...
 def farthest_cpu(
     rows: _Matrix,

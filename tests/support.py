@@ -114,6 +114,7 @@ def kernel_knn(
     threads: int = 2,
     mask: Tensor | None = None,
     packed: _C.PackedMemory | None = None,
+    bound_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
     """The kernel with a chosen instruction set, precision and thread count; its counters too."""
     queries, memory = queries.contiguous(), memory.contiguous()
@@ -134,5 +135,6 @@ def kernel_knn(
         isa,
         precision,
         packed,
+        bound_scale,
     )
     return distances, indices, counters

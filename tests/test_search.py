@@ -130,19 +130,6 @@ def test_rows_one_unit_apart_are_told_apart(isa: str, precision: str) -> None:
     assert_exact_neighbours(distances, indices, queries, memory, 4, "euclidean")
 
 
-@pytest.mark.parametrize(("isa", "precision"), ENGINES)
-def test_rounding_of_the_tile_products_is_allowed_for(isa: str, precision: str) -> None:
-    # Whole numbers with mean 0 are packed into float32 without loss; their products are around
-    # 2^31, where float32 counts in steps of 256, and the rows' distances differ by less.
-    row = torch.randint(-4000, 4000, (384,)).float()
-    rows = row.repeat(300, 1) + torch.randint(-1, 2, (300, 384))
-    memory = torch.cat([rows, -rows])
-    queries = row + torch.randint(-9, 10, (100, 384))
-    for metric in METRICS:
-        distances, indices, _ = kernel_knn(queries, memory, 1, metric, isa=isa, precision=precision)
-        assert_exact_neighbours(distances, indices, queries, memory, 1, metric)
-
-
 def test_a_query_finds_itself_at_distance_zero() -> None:
     memory = torch.randn(2000, 100) + 1e5
     found = pyfeat.knn(memory, memory)

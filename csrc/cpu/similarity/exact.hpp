@@ -71,7 +71,7 @@ class ExactDistances {
     // A row that will be asked for soon.
     void prefetch(std::int64_t index) const {
 #if defined(__GNUC__)
-        constexpr std::int64_t kLine = 64, kLargest = 4096;
+        constexpr std::int64_t kLine = 64, kLargest = 8192;
         const auto* row = static_cast<const char*>(params_.memory.row(index));
         const std::int64_t bytes =
             std::min(kLargest, params_.memory.dim * bytes_of(params_.memory.dtype));

@@ -47,15 +47,17 @@ struct Lengths {
 
 ErrorBounds error_bounds(const Lengths& row,
                          double row_term,
-                         const TileKernels& tiles,
+                         const Engine& engine,
                          std::int64_t dim) {
+    const TileKernels& tiles = engine.tiles();
     const double d = static_cast<double>(dim);
     const double roundings = (tiles.roundings_per_feature * d + tiles.roundings) * kUnit;
     const double product_error = roundings / (1.0 - roundings);
-    return {round_up(row.norm),
-            round_up((row.residual + (product_error + 2.0 * kUnit) * row.norm) * kSpare +
-                     (d + 2.0) * kTiny),
-            round_up(2.0 * kUnit * std::abs(row_term) * kSpare + (d + 2.0) * kTiny)};
+    const double reach = (row.residual + (product_error + 2.0 * kUnit) * row.norm) * kSpare;
+    const double slack = 2.0 * kUnit * std::abs(row_term) * kSpare;
+    return {round_up(row.norm * engine.bound_scale),
+            round_up((reach + (d + 2.0) * kTiny) * engine.bound_scale),
+            round_up((slack + (d + 2.0) * kTiny) * engine.bound_scale)};
 }
 
 // A row much longer than the frame's unit could overflow float32. It is packed as zeros and has no
@@ -116,7 +118,7 @@ PackedLane pack_lane(const Rows& memory,
     const Lengths lengths(transformed.squared_norm, rounded.squared_residual, dim);
     done.term = static_cast<float>(term);
     done.unit = rounded.unit;
-    done.bounds = error_bounds(lengths, term, tiles, dim);
+    done.bounds = error_bounds(lengths, term, engine, dim);
     return done;
 }
 

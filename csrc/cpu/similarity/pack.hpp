@@ -38,6 +38,7 @@ class AlignedFloats {
 struct Engine {
     const Kernels* kernels;
     Precision precision;
+    double bound_scale;  // 1, or less to show that answers then go wrong
 
     const TileKernels& tiles() const {
         return kernels->tile_kernels(precision);

@@ -36,6 +36,7 @@ PackedMemory::PackedMemory(const Rows& memory,
                            NonFinite nonfinite,
                            Isa isa,
                            Precision precision,
+                           double bound_scale,
                            Execution& execution)
     : isa(isa),
       precision(precision),
@@ -43,7 +44,7 @@ PackedMemory::PackedMemory(const Rows& memory,
       dim(memory.dim),
       nonfinite(nonfinite) {
     PYFEAT_CHECK(memory.num_rows > 0, "memory must have at least one row");
-    const Engine engine{&kernels_for(isa), precision};
+    const Engine engine{&kernels_for(isa), precision, bound_scale};
     frame = choose_frame(memory, metric, *engine.kernels);
     const std::int64_t chunk = chunk_of(memory, engine.tiles(), kKeptChunkBytes);
     for (std::int64_t row = 0; row < num_rows; row += chunk) {

@@ -29,6 +29,7 @@ struct PackedMemory {
                  NonFinite nonfinite,
                  Isa isa,
                  Precision precision,
+                 double bound_scale,
                  Execution& execution);
 };
 
@@ -60,7 +61,7 @@ class MemorySearch {
             }
             return;
         }
-        const Engine engine{kernels_, precision};
+        const Engine engine{kernels_, precision, params_.bound_scale};
         const std::int64_t chunk_rows = rows_per_chunk(engine);
         for (std::int64_t row = 0; row < params_.memory.num_rows; row += chunk_rows) {
             pack_chunk(engine, row, chunk_rows);

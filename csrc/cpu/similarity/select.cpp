@@ -47,7 +47,7 @@ void write(const KnnParams& params,
 bool join(std::vector<Shortlists>& slices,
           std::int64_t slot,
           std::int64_t k,
-          const ExactDistances& exact,
+          ExactDistances& exact,
           Nearest& nearest) {
     std::vector<Ranked> found;
     for (Shortlists& slice : slices) {
@@ -92,7 +92,6 @@ std::vector<std::int64_t> rank(const KnnParams& params,
             for (std::int64_t slot = task * kQueriesPerTask; slot < end; ++slot) {
                 const auto s = static_cast<std::size_t>(slot);
                 Nearest nearest(params.k);
-                exact.begin(ids[s]);
                 if (join(sweep.slices(), slot, params.k, exact, nearest)) {
                     write(params, ids[s], exact, nearest.sorted());
                 } else {
@@ -164,19 +163,22 @@ SearchCounters knn_cpu(const KnnParams& params,
     }
     // A query that takes more distances than this is better off with finer tiles.
     const std::int64_t patience = std::max(params.memory.num_rows / 32, 256 + 8 * params.k);
-    const auto attempt = [&](Precision with,
-                             const Frame& frame,
-                             std::vector<std::int64_t> pending) {
-        const ScoreLimits limits(frame, params.memory.dim);
-        const auto make_shortlists = [&](const std::vector<std::int64_t>& ids,
-                                         const PackedQueries& queries) {
-            return Shortlists(params, kernels, limits, ids, queries, params.k, patience);
+    const auto attempt =
+        [&](Precision with, const Frame& frame, std::vector<std::int64_t> pending) {
+            const ScoreLimits limits(frame, params.memory.dim);
+            const auto make_shortlists = [&](const std::vector<std::int64_t>& ids,
+                                             const PackedQueries& queries) {
+                return Shortlists(params, kernels, limits, ids, queries, params.k, patience);
+            };
+            Sweep<Shortlists> sweep(params,
+                                    Engine{&kernels, with, params.bound_scale},
+                                    execution,
+                                    frame,
+                                    std::move(pending),
+                                    make_shortlists);
+            search.for_each_chunk(with, [&](const PackedRows& chunk) { sweep.search(chunk); });
+            return rank(params, sweep, kernels, execution, counters);
         };
-        Sweep<Shortlists> sweep(
-            params, Engine{&kernels, with}, execution, frame, std::move(pending), make_shortlists);
-        search.for_each_chunk(with, [&](const PackedRows& chunk) { sweep.search(chunk); });
-        return rank(params, sweep, kernels, execution, counters);
-    };
     search.run(Shortlists::bytes_per_query(params.k),
                tiles,
                counters,

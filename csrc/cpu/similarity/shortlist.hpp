@@ -15,7 +15,7 @@
 namespace pyfeat {
 
 // Rows whose lowest possible score is no more than that of the k-th nearest so far wait in a list;
-// when it is full, their distances are taken, the most promising first, until the next one's lowest
+// when it is full, their distances are taken, the most behind first, until the next one's lowest
 // score is beyond the k-th nearest. Collector of a Sweep.
 class Shortlists {
   public:
@@ -49,7 +49,7 @@ class Shortlists {
     }
 
     static std::int64_t capacity_for(std::int64_t k) {
-        return 64 + 2 * k;
+        return 128 + 4 * k;
     }
     static std::int64_t bytes_per_query(std::int64_t k) {
         return 16 * k + 16 * capacity_for(k) + 20;
@@ -74,7 +74,6 @@ class Shortlists {
         waiting_[to_size(slot * capacity_ + count)] = {lower, row};
         if (++count == capacity_) {
             ExactDistances exact(params_, kernels_);
-            exact.begin(ids_[s]);
             settle(slot, exact);
             if (num_taken_[s] > patience_) {
                 give_up(s);
@@ -83,19 +82,31 @@ class Shortlists {
     }
 
     // Takes the distances of the rows that wait and may win; none waits any more.
-    void settle(std::int64_t slot, const ExactDistances& exact) {
+    void settle(std::int64_t slot, ExactDistances& exact) {
         const std::size_t s = to_size(slot);
         Waiting* waiting = &waiting_[to_size(slot * capacity_)];
         Ranked* nearest = &nearest_[to_size(slot * k_)];
         std::int32_t& held = num_ranked_[s];
-        Waiting* end = waiting + num_waiting_[s];
-        std::sort(waiting, end, [](const Waiting& a, const Waiting& b) {
-            return a.lower < b.lower || (a.lower == b.lower && a.row < b.row);
-        });
-        for (const Waiting* next = waiting; next != end && next->lower <= thresholds_[s]; ++next) {
-            if (next + 1 != end) {
-                exact.prefetch(next[1].row);
+        const std::int32_t count = num_waiting_[s];
+        // Few of those that wait are looked at, so they are put in order only as far as that.
+        const auto behind = [](const Waiting& a, const Waiting& b) {
+            return a.lower > b.lower || (a.lower == b.lower && a.row > b.row);
+        };
+        Waiting* end = std::partition(
+            waiting, waiting + count, [&](const Waiting& w) { return w.lower <= thresholds_[s]; });
+        std::make_heap(waiting, end, behind);
+        // Rows lie anywhere in the memory: waiting for one at a time would be most of the time.
+        const auto prefetch = [&](std::ptrdiff_t first, std::ptrdiff_t last) {
+            for (std::ptrdiff_t i = first; i <= last && i < end - waiting; ++i) {
+                exact.prefetch(waiting[i].row);
             }
+        };
+        prefetch(0, 2);
+        exact.begin(ids_[s]);
+        while (end != waiting && waiting->lower <= thresholds_[s]) {
+            std::pop_heap(waiting, end, behind);
+            const Waiting* next = --end;
+            prefetch(1, 2);  // one of them comes after the first
             ++num_taken_[s];
             const Ranked found{exact.key(next->row), next->row};
             if (!found.is_usable()) {

@@ -6,6 +6,10 @@
 // multiply_bytes(query, rows, sum) adds to each 32-bit sum the products of its four bytes. Bytes of
 // rows are signed, those of queries are whole numbers in [-kQueryLevels, kQueryLevels] plus
 // kQueryOffset. low_halves and high_halves widen the two bfloat16 of each 32-bit word.
+//
+// round_to_whole(v) goes to the nearest whole number, ties to even. times_power_of_two(v, exponent)
+// is v * 2^exponent for whole exponents up to 127 and v in [-2, 2]; what is below 2^-126 becomes a
+// subnormal number or 0.
 #pragma once
 
 #if defined(PYFEAT_ISA_AVX512_BF16)

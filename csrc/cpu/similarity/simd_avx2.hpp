@@ -36,8 +36,23 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 inline Floats negative_multiply_add(Floats a, Floats b, Floats c) {
     return _mm256_fnmadd_ps(a, b, c);
 }
+inline Floats add(Floats a, Floats b) {
+    return _mm256_add_ps(a, b);
+}
 inline Floats subtract(Floats a, Floats b) {
     return _mm256_sub_ps(a, b);
+}
+inline Floats maximum(Floats a, Floats b) {
+    return _mm256_max_ps(a, b);
+}
+inline Floats round_to_whole(Floats v) {
+    return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline Floats times_power_of_two(Floats v, Floats exponent) {
+    const Floats biased = _mm256_add_ps(_mm256_max_ps(exponent, _mm256_set1_ps(-127.0F)),
+                                        _mm256_set1_ps(kExponentInLowBits));
+    const Ints bits = _mm256_slli_epi32(_mm256_castps_si256(biased), 23);
+    return _mm256_mul_ps(v, _mm256_castsi256_ps(bits));
 }
 inline std::uint32_t less_or_equal(Floats a, Floats b) {
     return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)));

@@ -36,8 +36,20 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 inline Floats negative_multiply_add(Floats a, Floats b, Floats c) {
     return _mm512_fnmadd_ps(a, b, c);
 }
+inline Floats add(Floats a, Floats b) {
+    return _mm512_add_ps(a, b);
+}
 inline Floats subtract(Floats a, Floats b) {
     return _mm512_sub_ps(a, b);
+}
+inline Floats maximum(Floats a, Floats b) {
+    return _mm512_max_ps(a, b);
+}
+inline Floats round_to_whole(Floats v) {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline Floats times_power_of_two(Floats v, Floats exponent) {
+    return _mm512_scalef_ps(v, exponent);
 }
 inline std::uint32_t less_or_equal(Floats a, Floats b) {
     return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);

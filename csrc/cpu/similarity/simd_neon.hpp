@@ -36,8 +36,22 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 inline Floats negative_multiply_add(Floats a, Floats b, Floats c) {
     return vfmsq_f32(c, a, b);
 }
+inline Floats add(Floats a, Floats b) {
+    return vaddq_f32(a, b);
+}
 inline Floats subtract(Floats a, Floats b) {
     return vsubq_f32(a, b);
+}
+inline Floats maximum(Floats a, Floats b) {
+    return vmaxq_f32(a, b);
+}
+inline Floats round_to_whole(Floats v) {
+    return vrndnq_f32(v);
+}
+inline Floats times_power_of_two(Floats v, Floats exponent) {
+    const Floats biased =
+        vaddq_f32(vmaxq_f32(exponent, vdupq_n_f32(-127.0F)), vdupq_n_f32(kExponentInLowBits));
+    return vmulq_f32(v, vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(biased), 23)));
 }
 inline std::uint32_t less_or_equal(Floats a, Floats b) {
     const uint32x4_t bits = {1, 2, 4, 8};

@@ -34,8 +34,28 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 inline Floats negative_multiply_add(Floats a, Floats b, Floats c) {
     return c - a * b;
 }
+inline Floats add(Floats a, Floats b) {
+    return a + b;
+}
 inline Floats subtract(Floats a, Floats b) {
     return a - b;
+}
+inline Floats maximum(Floats a, Floats b) {
+    return a > b ? a : b;
+}
+inline Floats round_to_whole(Floats v) {
+    // Adding and taking away 1.5 * 2^23 rounds; from 2^22 on, where it would not, halves are few.
+    constexpr float kRound = 0x1.8p23F;
+    return v > -0x1p22F && v < 0x1p22F ? v + kRound - kRound : v;
+}
+inline Floats times_power_of_two(Floats v, Floats exponent) {
+    const Floats biased = maximum(exponent, -127.0F) + kExponentInLowBits;
+    std::uint32_t bits;
+    std::memcpy(&bits, &biased, sizeof(bits));
+    bits <<= 23;
+    Floats power;
+    std::memcpy(&power, &bits, sizeof(power));
+    return v * power;
 }
 inline std::uint32_t less_or_equal(Floats a, Floats b) {
     return a <= b ? 1U : 0U;

@@ -124,16 +124,24 @@ class Sweep {
             return;
         }
         for (int r = 0; r < tiles_.queries; ++r) {
-            for (int c = 0; marks[r] != 0; ++c, marks[r] >>= 1) {
-                if ((marks[r] & 1U) != 0) {
-                    offer(memory,
-                          first_slot + r,
-                          first_lane + c,
-                          scores[r * tiles_.rows + c],
-                          collector);
-                }
+            for (std::uint32_t mark = marks[r]; mark != 0; mark &= mark - 1) {
+                const int c = lowest_bit(mark);
+                offer(
+                    memory, first_slot + r, first_lane + c, scores[r * tiles_.rows + c], collector);
             }
         }
+    }
+
+    static int lowest_bit(std::uint32_t mark) {
+#if defined(__GNUC__)
+        return __builtin_ctz(mark);
+#else
+        int bit = 0;
+        for (; (mark & 1U) == 0; mark >>= 1) {
+            ++bit;
+        }
+        return bit;
+#endif
     }
 
     void offer(const PackedRows& memory,

@@ -60,7 +60,7 @@ class RangeSearch {
                                            SearchCounters& counters) {
         Sweep<Candidates> sweep(
             params_,
-            Engine{&kernels_, precision},
+            Engine{&kernels_, precision, params_.bound_scale},
             execution_,
             frame,
             ids,
