@@ -1,99 +1,147 @@
-"""Clock and environment of every benchmark.
+"""The clock of every benchmark: contenders take turns, and only checked answers are timed.
 
-Rivals take turns within one run, each with the same number of threads, and only ratios of their
-medians are compared: other work on the machine then slows all of them alike.
+Rivals run one after the other within each round, and ratios are taken round by round: other work on
+the machine then slows both sides of a ratio alike.
 """
 
-import multiprocessing
-import platform
+import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
-import torch
-
-import pyfeat
-from pyfeat import _C
-
-# What any exact method must execute: 2 Q N D for the products.
 GIGA = 1e9
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of the repetitions of one contender."""
+class WrongAnswerError(RuntimeError):
+    """A contender's answer is wrong, and what is wrong is not worth timing."""
 
-    seconds: tuple[float, ...]
+
+@dataclass(frozen=True)
+class Work:
+    """What any way to the answer must do: operations or bytes, and the resource that bounds them.
+
+    ``resource`` is one of ``records.UNITS``: float32, bf16, int8 or read.
+    """
+
+    amount: float
+    resource: str
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to the answer. ``run`` returns it, to be checked before the clock starts."""
+
+    name: str
+    run: Callable[[], object]
+    ours: bool = False
+    work: Work | None = None
+    count: int = 1  # times that one run does what is counted, such as picks
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and spread of a few values."""
+
+    values: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.values)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.values) == 1:
+            return self.values[0], self.values[0]
+        lower, _, upper = statistics.quantiles(self.values, n=4, method="inclusive")
+        return lower, upper
 
     @property
     def spread(self) -> float:
-        """Half the range, relative to the median."""
-        return (max(self.seconds) - min(self.seconds)) / 2 / self.median
+        """Half the distance between the quartiles, relative to the median."""
+        lower, upper = self.quartiles
+        return (upper - lower) / 2 / self.median
 
 
-def take_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, Times]:
-    """Run every contender once to warm up, then ``rounds`` times in turn."""
-    for run in contenders.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: Times(tuple(values)) for name, values in seconds.items()}
+def pair_ratios(ours: Sequence[float], peer: Sequence[float]) -> Summary:
+    """Ratios peer / ours, one for each round in which both ran; above 1 ours is faster.
+
+    A contender with fewer rounds ran in the first ones.
+    """
+    return Summary(tuple(b / a for a, b in zip(ours, peer, strict=False)))
 
 
-def in_fresh_process(measure: Callable[..., float], *arguments: object) -> float:
-    """Call a function of a module in a process of its own, which has no memory to use again."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, *arguments).result()
+@dataclass(frozen=True)
+class Pace:
+    """How often contenders run."""
+
+    rounds: int = 5  # at least, for calls of up to ``slow`` seconds
+    most_rounds: int = 25
+    seconds: float = 3.0  # short calls run in more rounds, until these have passed
+    slow: float = 10.0
+    slow_rounds: int = 3
+    very_slow: float = 20.0  # above, one round
+    # Between two calls: the threads of one library spin for some milliseconds after their work, and
+    # would take the processor from the next.
+    pause: float = 0.02
+
+    def rounds_for(self, seconds: float, turn: float) -> int:
+        """Rounds of a contender that takes ``seconds``, where all fast ones take ``turn``."""
+        if seconds > self.very_slow:
+            return 1
+        if seconds > self.slow:
+            return self.slow_rounds
+        return min(self.most_rounds, max(self.rounds, math.ceil(self.seconds / max(turn, 1e-9))))
 
 
-def peak_memory_mb(run: Callable[[], object]) -> float:
-    """Growth in MB of the largest resident size of this process while ``run`` runs (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
-    before = _resident_kb("VmRSS")
-    run()
-    return (_resident_kb("VmHWM") - before) / 1024
+QUICK_PACE = Pace(rounds=2, most_rounds=2, pause=0.0)
 
 
-def environment() -> list[str]:
-    """What the numbers depend on, as Markdown list items."""
-    return [
-        f"processor: {_processor()}, {torch.get_num_threads()} threads, "
-        f"instruction sets {', '.join(_C.isas())}",
-        f"commit: {_commit()}",
-        f"pyfeat {pyfeat.__version__}, torch {torch.__version__}, faiss-cpu "
-        f"{version('faiss-cpu')}, Python {platform.python_version()}, {platform.system()}",
-    ]
+class Turns:
+    """Contenders, warmed up and checked, that take turns.
 
+    Args:
+        contenders: With different names; the first call of each warms it up.
+        check: Called with the name and the answer of each; raises ``WrongAnswerError``.
+        pace: How many rounds.
 
-def _resident_kb(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    message = f"no {field} in /proc/self/status"
-    raise RuntimeError(message)
+    Raises:
+        WrongAnswerError: If ``check`` does.
+    """
 
+    def __init__(
+        self,
+        contenders: Sequence[Contender],
+        check: Callable[[str, object], None],
+        pace: Pace,
+    ) -> None:
+        self.contenders = tuple(contenders)
+        self.seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
+        if len(self.seconds) != len(self.contenders):
+            message = f"Turns: names must differ, got {[each.name for each in contenders]}"
+            raise ValueError(message)
+        self._pause = pace.pause
+        self._round = 0
+        first: dict[str, float] = {}
+        for each in contenders:
+            first[each.name], answer = self._timed(each)
+            check(each.name, answer)
+        turn = sum(seconds for seconds in first.values() if seconds <= pace.slow)
+        self._rounds = {name: pace.rounds_for(seconds, turn) for name, seconds in first.items()}
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    @property
+    def rounds(self) -> int:
+        return max(self._rounds.values())
 
+    def take(self) -> None:
+        """One round, backwards every other time: no contender always follows the same one."""
+        for each in self.contenders[:: 1 if self._round % 2 == 0 else -1]:
+            if self._round < self._rounds[each.name]:
+                self.seconds[each.name].append(self._timed(each)[0] / each.count)
+        self._round += 1
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    def _timed(self, contender: Contender) -> tuple[float, object]:
+        time.sleep(self._pause)
+        began = time.perf_counter()
+        answer = contender.run()
+        return time.perf_counter() - began, answer
