@@ -13,6 +13,7 @@
 
 #include "cpu/isa.hpp"
 #include "cpu/similarity/farthest.hpp"
+#include "cpu/similarity/log_sum_exp.hpp"
 #include "cpu/similarity/pack.hpp"
 #include "cpu/similarity/search.hpp"
 #include "cpu/similarity/select.hpp"
@@ -149,28 +150,58 @@ std::unique_ptr<PackedMemory> bind_pack(const Matrix& memory,
     });
 }
 
-std::tuple<std::int64_t, std::int64_t, std::int64_t> bind_farthest(const Matrix& rows,
-                                                                   std::uintptr_t squared_distances,
-                                                                   std::uintptr_t owners,
-                                                                   std::uintptr_t picks,
-                                                                   std::uintptr_t squared_radii,
-                                                                   std::int64_t first_pick,
-                                                                   std::int64_t num_picks,
-                                                                   double stop_squared_radius,
-                                                                   int num_threads,
-                                                                   const std::string& isa_name) {
-    const FarthestParams params{to_rows(rows),
-                                to_pointer<double>(squared_distances),
-                                to_pointer<std::int32_t>(owners),
-                                to_pointer<std::int64_t>(picks),
-                                to_pointer<double>(squared_radii),
-                                first_pick,
-                                num_picks,
-                                stop_squared_radius};
-    const FarthestResult result = run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
-        return farthest_cpu(params, isa, execution);
+std::unique_ptr<FarthestSearch> bind_farthest(const Matrix& rows,
+                                              std::int64_t start,
+                                              std::uintptr_t squared_distances,
+                                              const std::string& isa_name,
+                                              const std::string& precision_name) {
+    const FarthestParams params{to_rows(rows), start, to_pointer<const double>(squared_distances)};
+    const Isa isa = resolve_isa(isa_name);
+    const Precision precision = resolve_precision(precision_name, isa, params.rows.dim);
+    return std::make_unique<FarthestSearch>(params, isa, precision);
+}
+
+std::int64_t bind_advance(FarthestSearch& search,
+                          std::int64_t num_picks,
+                          double stop_squared_radius,
+                          std::uintptr_t picks,
+                          std::uintptr_t squared_radii,
+                          int num_threads) {
+    return run(num_threads, "", [&](Isa, Execution& execution) {
+        return search.advance(num_picks,
+                              stop_squared_radius,
+                              to_pointer<std::int64_t>(picks),
+                              to_pointer<double>(squared_radii),
+                              execution);
     });
-    return {result.num_done, result.next_pick, result.num_distances};
+}
+
+void bind_log_sum_exp(const Matrix& a,
+                      const Matrix& b,
+                      double scale,
+                      Dtype product_dtype,
+                      std::uintptr_t row_lse,
+                      std::uintptr_t column_lse,
+                      int num_threads,
+                      const std::string& isa_name) {
+    const LogSumExpParams params{to_rows(a),
+                                 to_rows(b),
+                                 scale,
+                                 product_dtype,
+                                 to_pointer<double>(row_lse),
+                                 to_pointer<double>(column_lse)};
+    run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
+        log_sum_exp_cpu(params, isa, execution);
+        return true;
+    });
+}
+
+void bind_power_of_two(std::uintptr_t exponents,
+                       std::int64_t count,
+                       std::uintptr_t powers,
+                       const std::string& isa_name) {
+    kernels_for(resolve_isa(isa_name))
+        .powers.power_of_two(to_pointer<float>(exponents), count, to_pointer<float>(powers));
 }
 
 void bind_check_finite(const Matrix& rows,
@@ -234,6 +265,25 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         .def_property_readonly(
             "precision", [](const PackedMemory& self) { return precision_name(self.precision); });
 
+    py::class_<FarthestSearch>(m, "FarthestSearch")
+        .def(py::init(&bind_farthest),
+             py::arg("rows"),
+             py::arg("start"),
+             py::arg("squared_distances") = 0,
+             py::arg("isa") = "",
+             py::arg("precision") = "")
+        .def("advance",
+             &bind_advance,
+             py::arg("num_picks"),
+             py::arg("stop_squared_radius"),
+             py::arg("picks"),
+             py::arg("squared_radii"),
+             py::arg("num_threads"))
+        .def_property_readonly("counts", [](const FarthestSearch& self) {
+            const FarthestCounters& counters = self.counters();
+            return Counts(counters.distances, counters.products, counters.levels);
+        });
+
     m.def("isas", &bind_isas);
     m.def("precisions", &bind_precisions, py::arg("isa") = "");
     m.def("check_finite",
@@ -271,16 +321,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("precision") = "",
           py::arg("packed") = nullptr,
           py::arg("bound_scale") = 1.0);
-    m.def("farthest_cpu",
-          &bind_farthest,
-          py::arg("rows"),
-          py::arg("squared_distances"),
-          py::arg("owners"),
-          py::arg("picks"),
-          py::arg("squared_radii"),
-          py::arg("first_pick"),
-          py::arg("num_picks"),
-          py::arg("stop_squared_radius"),
+    m.def("log_sum_exp_cpu",
+          &bind_log_sum_exp,
+          py::arg("a"),
+          py::arg("b"),
+          py::arg("scale"),
+          py::arg("product_dtype"),
+          py::arg("row_lse"),
+          py::arg("column_lse"),
           py::arg("num_threads"),
+          py::arg("isa") = "");
+    m.def("power_of_two",
+          &bind_power_of_two,
+          py::arg("exponents"),
+          py::arg("count"),
+          py::arg("powers"),
           py::arg("isa") = "");
 }

@@ -71,14 +71,19 @@ struct RangeResult {
 };
 
 struct FarthestParams {
-    Rows rows;                  // [N, D]
-    double* squared_distances;  // [N], to the nearest pick; infinity before the first, -1 for picks
-    std::int32_t* owners;       // [N], which pick that is, as a position in `picks`
-    std::int64_t* picks;        // [first_pick + num_picks]; the first first_pick + 1 are set
-    double* squared_radii;      // the same; largest of squared_distances after each pick
-    std::int64_t first_pick;    // picks that squared_distances and owners know already
-    std::int64_t num_picks;
-    double stop_squared_radius;  // ends early once the largest distance is at or below this
+    Rows rows;                        // [N, D], finite
+    std::int64_t start;               // the first pick; -1: the row with the largest distance
+    const double* squared_distances;  // [N], to what the rows are near already; null: infinite
+};
+
+// Row and column log-sum-exp of S = scale * A B^T.
+struct LogSumExpParams {
+    Rows a;  // [L, D]
+    Rows b;  // [S, D]
+    double scale;
+    Dtype product_dtype;  // float32: tiles; float64: dot by dot, several times slower
+    double* row_lse;      // [L], contiguous; -infinity if S is 0
+    double* column_lse;   // [S], contiguous; -infinity if L is 0
 };
 
 // Counts of one search, for tests and benchmarks.

@@ -40,6 +40,26 @@ class PackedMemory:
     @property
     def precision(self) -> str: ...
 
+class FarthestSearch:
+    def __init__(
+        self,
+        rows: _Matrix,
+        start: int,
+        squared_distances: int = 0,
+        isa: str = "",
+        precision: str = "",
+    ) -> None: ...
+    def advance(
+        self,
+        num_picks: int,
+        stop_squared_radius: float,
+        picks: int,
+        squared_radii: int,
+        num_threads: int,
+    ) -> int: ...
+    @property
+    def counts(self) -> tuple[int, int, int]: ...
+
 def isas() -> list[str]: ...
 def precisions(isa: str = "") -> list[str]: ...
 def check_finite(rows: _Matrix, op: str, name: str, num_threads: int) -> None: ...
@@ -72,15 +92,14 @@ def within_cpu(
     packed: PackedMemory | None = None,
     bound_scale: float = 1.0,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], tuple[int, int, int]]: ...
-def farthest_cpu(
-    rows: _Matrix,
-    squared_distances: int,
-    owners: int,
-    picks: int,
-    squared_radii: int,
-    first_pick: int,
-    num_picks: int,
-    stop_squared_radius: float,
+def log_sum_exp_cpu(
+    a: _Matrix,
+    b: _Matrix,
+    scale: float,
+    product_dtype: Dtype,
+    row_lse: int,
+    column_lse: int,
     num_threads: int,
     isa: str = "",
-) -> tuple[int, int, int]: ...
+) -> None: ...
+def power_of_two(exponents: int, count: int, powers: int, isa: str = "") -> None: ...

@@ -3,6 +3,7 @@
 #include "cpu/similarity/kernels.hpp"
 
 #include "cpu/similarity/distances.hpp"
+#include "cpu/similarity/exponential.hpp"
 #include "cpu/similarity/tile_bf16.hpp"
 #include "cpu/similarity/tile_float32.hpp"
 #include "cpu/similarity/tile_int8.hpp"
@@ -17,8 +18,12 @@ const Kernels kernels{
      row_kernels<Float16>(),
      row_kernels<Bfloat16>()},
     {float32_tiles(), bf16_tiles(), int8_tiles()},
+    power_kernels(),
 #if defined(PYFEAT_ISA_AVX512_BF16)
     {Precision::kFloat32, Precision::kBfloat16, Precision::kInt8},
+#elif defined(PYFEAT_ISA_SCALAR) || defined(PYFEAT_ISA_NEON)
+    // Without an instruction for sums of byte products, these take more of others than they save.
+    {Precision::kInt8, Precision::kBfloat16, Precision::kFloat32},
 #else
     {Precision::kBfloat16, Precision::kFloat32, Precision::kInt8},
 #endif

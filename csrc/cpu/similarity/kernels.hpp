@@ -15,6 +15,7 @@ namespace pyfeat {
 // Largest tile of any instruction set.
 constexpr int kMaxTileQueries = 12;
 constexpr int kMaxTileRows = 32;
+constexpr int kMaxLanes = 16;  // of one register
 
 // What the tiles multiply, coarsest last.
 enum class Precision { kFloat32, kBfloat16, kInt8 };
@@ -61,6 +62,9 @@ struct Tile {
     ErrorBounds bounds;            // of the row panel
 };
 
+// Terms of one float32 sum where a product is taken for its own sake.
+constexpr std::int64_t kSumBlock = 64;
+
 // The tile product in one precision. The seam for matrix units: a table of its own, with its own
 // tile shape and its own way of filling panels.
 struct TileKernels {
@@ -84,6 +88,13 @@ struct TileKernels {
     // thresholds[r] plus its error bound (false for NaN). Returns whether any bit is set; only then
     // the scores are written.
     bool (*score)(const Tile& tile, float* scores, std::uint32_t* marks);
+
+    // products[r, c] = q_r . x_c of two packed panels, [MR, NR]; whole numbers if those are packed.
+    // From float32 panels with n roundings instead, n = min(D, kSumBlock) + D / kSumBlock + 1.
+    void (*multiply)(std::int64_t words,
+                     const float* query_panel,
+                     const float* row_panel,
+                     float* products);
 
     // 4-byte words of the features of one row.
     std::int64_t words(std::int64_t dim) const {
@@ -113,9 +124,33 @@ struct RowKernels {
     void (*load)(const void* row, double row_scale, std::int64_t dim, double* values);
 };
 
+// Sums of powers of two over the rows and the columns of tiles. Each is kept as sum * 2^exponent,
+// the exponent being that of its largest term so far: a whole number, so that the sum is moved to
+// another one without rounding. Rows have a sum for every lane.
+struct PowerSums {
+    float* row_exponents;     // [MR, lanes]
+    float* row_sums;          // [MR, lanes]
+    float* column_exponents;  // [NR]
+    double* column_sums;      // [NR]
+};
+
+// Stands in a tile for a product that does not count, and in PowerSums for no term so far: its
+// power is 0 beside that of any product, which are at most 2^125 in magnitude.
+constexpr float kNoProduct = -0x1p126F;
+
+struct PowerKernels {
+    int lanes;  // of one register; a row's lane gets at most 4 terms from a tile
+    // powers[i] = 2^exponents[i] for exponents up to 127; off by at most 1.5 units in the last
+    // place, by 2^-126 below that.
+    void (*power_of_two)(const float* exponents, std::int64_t count, float* powers);
+    // Adds 2^products, [MR, NR], to the sums of its rows and columns.
+    void (*add_tile)(const float* products, const PowerSums& sums);
+};
+
 struct Kernels {
     RowKernels rows[kNumDtypes];        // by Dtype
     TileKernels tiles[kNumPrecisions];  // by Precision
+    PowerKernels powers;
     // Fastest last.
     Precision order[kNumPrecisions];
 

@@ -8,8 +8,8 @@
 // kQueryOffset. low_halves and high_halves widen the two bfloat16 of each 32-bit word.
 //
 // round_to_whole(v) goes to the nearest whole number, ties to even. times_power_of_two(v, exponent)
-// is v * 2^exponent for whole exponents up to 127 and v in [-2, 2]; what is below 2^-126 becomes a
-// subnormal number or 0.
+// is v * 2^exponent, exactly, for whole exponents up to 127 and v in [0.5, 2); what comes out below
+// 2^-126 may lose digits or be 0.
 #pragma once
 
 #if defined(PYFEAT_ISA_AVX512_BF16)
@@ -30,6 +30,14 @@
 #else
 #define PYFEAT_ISA_NAMESPACE scalar
 #endif
+
+namespace {
+
+// Added to a whole number in [-127, 128], leaves 127 more than that in the lowest bits of the sum:
+// shifted left by 23, they are the float 2^number (0 for -127).
+constexpr float kExponentInLowBits = 0x1.8p23F + 127.0F;
+
+}  // namespace
 
 #if defined(PYFEAT_ISA_AVX512) || defined(PYFEAT_ISA_AVX512_VNNI)
 #include "cpu/similarity/simd_avx512.hpp"

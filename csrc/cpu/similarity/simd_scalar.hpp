@@ -44,9 +44,9 @@ inline Floats maximum(Floats a, Floats b) {
     return a > b ? a : b;
 }
 inline Floats round_to_whole(Floats v) {
-    // Adding and taking away 1.5 * 2^23 rounds; from 2^22 on, where it would not, halves are few.
-    constexpr float kRound = 0x1.8p23F;
-    return v > -0x1p22F && v < 0x1p22F ? v + kRound - kRound : v;
+    // From 2^23 on floats are whole; below, adding and taking away 2^23 rounds.
+    const Floats round = v < 0.0F ? -0x1p23F : 0x1p23F;
+    return v > -0x1p23F && v < 0x1p23F ? v + round - round : v;
 }
 inline Floats times_power_of_two(Floats v, Floats exponent) {
     const Floats biased = maximum(exponent, -127.0F) + kExponentInLowBits;

@@ -83,6 +83,23 @@ PYFEAT_NOINLINE void multiply_panels(std::int64_t words,
     }
 }
 
+// The same in float32 sums of at most kSumBlock words, which are then added up: D roundings would
+// cost more digits than the plain products of other libraries do.
+template <typename Product>
+void multiply_in_blocks(std::int64_t words, const float* a, const float* b, float* products) {
+    using pyfeat::kSumBlock;
+    static_assert(Product::kHeaderWords == 0, "a header would count in every block");
+    multiply_panels<Product>(words < kSumBlock ? words : kSumBlock, a, b, products);
+    for (std::int64_t first = kSumBlock; first < words; first += kSumBlock) {
+        const std::int64_t count = words - first < kSumBlock ? words - first : kSumBlock;
+        alignas(64) float block[kTileQueries * kTileRows];
+        multiply_panels<Product>(count, a + first * kTileQueries, b + first * kTileRows, block);
+        for (int i = 0; i < kTileQueries * kTileRows; i += kLanes) {
+            store(products + i, add(load(products + i), load(block + i)));
+        }
+    }
+}
+
 template <typename Product>
 bool score_tile(const pyfeat::Tile& tile, float* scores, std::uint32_t* marks) {
     multiply_panels<Product>(tile.words, tile.query_panel, tile.row_panel, scores);

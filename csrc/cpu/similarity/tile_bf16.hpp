@@ -76,7 +76,8 @@ constexpr pyfeat::TileKernels bf16_tiles() {
             std::int64_t{1} << 20,
             pack_bf16<kTileRows>,
             pack_bf16<kTileQueries>,
-            score_tile<Bfloat16Product>};
+            score_tile<Bfloat16Product>,
+            multiply_panels<Bfloat16Product>};
 }
 
 }  // namespace

@@ -56,7 +56,8 @@ constexpr pyfeat::TileKernels float32_tiles() {
             std::int64_t{1} << 20,  // keeps n u far below 1/2
             pack_float32<kTileRows>,
             pack_float32<kTileQueries>,
-            score_tile<Float32Product>};
+            score_tile<Float32Product>,
+            multiply_in_blocks<Float32Product>};
 }
 
 }  // namespace

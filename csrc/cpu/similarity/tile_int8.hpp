@@ -84,7 +84,8 @@ constexpr pyfeat::TileKernels int8_tiles() {
             std::int64_t{1} << 15,  // 2^15 * 256 * 127 < 2^31
             pack_int8<kTileRows, kRowLevels, 0, Int8Product::kHeaderWords>,
             pack_int8<kTileQueries, kQueryLevels, kQueryOffset, 0>,
-            score_tile<Int8Product>};
+            score_tile<Int8Product>,
+            multiply_panels<Int8Product>};
 }
 
 }  // namespace

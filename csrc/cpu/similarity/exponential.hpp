@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// Powers of two of a register of floats, and their sums over the rows and columns of tiles.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/similarity/kernels.hpp"
+#include "cpu/similarity/tile.hpp"
+
+namespace {
+
+// 2^x = mantissa * 2^exponent, the exponent whole and the mantissa about [0.7, 1.42].
+struct Power {
+    Floats mantissa, exponent;
+};
+
+// Of finite x. The exponent is x rounded, f = x - exponent is exact and in [-1/2, 1/2], and
+//   2^f ~ 1 + f q(f),  q = c1 + c2 f + ... + c6 f^5,
+// a minimax fit with coefficients in float32: relative error below 2^-28.3. With u = 2^-24 and
+// |f| <= 1/2, q (in [0.58, 0.83]) is rounded by u/2 in its last step and by less than u/2 before
+// it, so f q is off by less than u/2, and by u/4 more where the product is rounded for itself. With
+// 0.07 u for the fit and half a unit for the last sum, units being u below 1 and 2u from 1 on, 2^f
+// is off by less than 1.4 units in the last place. Whole x give exact powers.
+inline Power split_power(Floats x) {
+    const Floats exponent = round_to_whole(x);
+    const Floats f = subtract(x, exponent);
+    Floats q = broadcast(0x1.417a5cp-13F);
+    q = multiply_add(q, f, broadcast(0x1.5f0946p-10F));
+    q = multiply_add(q, f, broadcast(0x1.3b2dd2p-7F));
+    q = multiply_add(q, f, broadcast(0x1.c6af7ap-5F));
+    q = multiply_add(q, f, broadcast(0x1.ebfbdcp-3F));
+    q = multiply_add(q, f, broadcast(0x1.62e430p-1F));
+    return {multiply_add(q, f, broadcast(1.0F)), exponent};
+}
+
+// 2^(x - shift) for a whole shift >= x - 127.
+inline Floats shifted(const Power& power, Floats shift) {
+    return times_power_of_two(power.mantissa, subtract(power.exponent, shift));
+}
+
+void power_of_two(const float* exponents, std::int64_t count, float* powers) {
+    for (std::int64_t i = 0; i < count; i += kLanes) {
+        const auto bytes =
+            static_cast<std::size_t>(count - i < kLanes ? count - i : kLanes) * sizeof(float);
+        alignas(64) float block[kLanes] = {};
+        std::memcpy(block, exponents + i, bytes);
+        // Far below the smallest number, and finite.
+        const Floats x = maximum(load(block), broadcast(-1000.0F));
+        store(block, shifted(split_power(x), zero()));
+        std::memcpy(powers + i, block, bytes);
+    }
+}
+
+// Moves the sums of the tile's columns to the largest exponents of old and new terms. What the old
+// sums must be multiplied by goes to `factors`; the new exponents are returned in `exponents`.
+inline void raise_columns(const float* products,
+                          float* column_exponents,
+                          Floats* exponents,
+                          float* factors) {
+    for (int v = 0; v < kTileVectors; ++v) {
+        float* at = column_exponents + v * kLanes;
+        const Floats before = load(at);
+        Floats largest = before;
+        for (int r = 0; r < kTileQueries; ++r) {
+            largest = maximum(largest, load(products + r * kTileRows + v * kLanes));
+        }
+        exponents[v] = round_to_whole(largest);
+        store(factors + v * kLanes,
+              times_power_of_two(broadcast(1.0F), subtract(before, exponents[v])));
+        store(at, exponents[v]);
+    }
+}
+
+// One polynomial for each product; its mantissa serves the row's and the column's sum, which
+// differ in their exponents. float32 sums of MR terms in a column, then float64; a row's lanes get
+// one term from every register of the tile and are emptied by the caller before these are many.
+void add_powers(const float* products, const pyfeat::PowerSums& sums) {
+    Floats exponents[kTileVectors], columns[kTileVectors];
+    alignas(64) float factors[kTileRows], added[kTileRows];
+    raise_columns(products, sums.column_exponents, exponents, factors);
+    for (Floats& column : columns) {
+        column = zero();
+    }
+    for (int r = 0; r < kTileQueries; ++r) {
+        Floats x[kTileVectors];
+        const Floats before = load(sums.row_exponents + r * kLanes);
+        Floats largest = before;
+        PYFEAT_UNROLL
+        for (int v = 0; v < kTileVectors; ++v) {
+            x[v] = load(products + r * kTileRows + v * kLanes);
+            largest = maximum(largest, x[v]);
+        }
+        const Floats exponent = round_to_whole(largest);
+        Floats row = multiply(load(sums.row_sums + r * kLanes),
+                              times_power_of_two(broadcast(1.0F), subtract(before, exponent)));
+        PYFEAT_UNROLL
+        for (int v = 0; v < kTileVectors; ++v) {
+            const Power power = split_power(x[v]);
+            row = add(row, shifted(power, exponent));
+            columns[v] = add(columns[v], shifted(power, exponents[v]));
+        }
+        store(sums.row_exponents + r * kLanes, exponent);
+        store(sums.row_sums + r * kLanes, row);
+    }
+    for (int v = 0; v < kTileVectors; ++v) {
+        store(added + v * kLanes, columns[v]);
+    }
+    for (int c = 0; c < kTileRows; ++c) {
+        sums.column_sums[c] =
+            sums.column_sums[c] * static_cast<double>(factors[c]) + static_cast<double>(added[c]);
+    }
+}
+
+constexpr pyfeat::PowerKernels power_kernels() {
+    static_assert(kLanes <= pyfeat::kMaxLanes && kTileVectors <= 4);
+    return {kLanes, power_of_two, add_powers};
+}
+
+}  // namespace
