@@ -4,7 +4,7 @@ An import goes down this picture, never up::
 
     pipelines   pyfeat.anomaly (fit, score, report)     pyfeat command line
     objects     MemoryBank    PatchCore
-    ops         knn    greedy_coreset
+    ops         knn    greedy_coreset    match
     engine      similarity: tiles of A B^T that are used and dropped, never stored
     backends    cpu (C++: scalar, AVX2, AVX-512, BF16)      reference (plain PyTorch)
 """
@@ -12,11 +12,13 @@ An import goes down this picture, never up::
 from pyfeat._C import __version__
 from pyfeat._info import info
 from pyfeat.coreset import Coreset, greedy_coreset
+from pyfeat.matching import Matches, match
 from pyfeat.memory import MemoryBank
 from pyfeat.search import Neighbours, RangeNeighbours, knn, range_search
 
 __all__ = [
     "Coreset",
+    "Matches",
     "MemoryBank",
     "Neighbours",
     "RangeNeighbours",
@@ -24,5 +26,6 @@ __all__ = [
     "greedy_coreset",
     "info",
     "knn",
+    "match",
     "range_search",
 ]

@@ -85,24 +85,98 @@ def range_search(
 
 
 def greedy_coreset(
-    features: Tensor, *, start: int, size: int, radius: float = -1.0
+    features: Tensor,
+    *,
+    size: int,
+    start: int | None = None,
+    squared_distances: Tensor | None = None,
+    radius: float = -1.0,
 ) -> tuple[Tensor, float]:
     """k-centre greedy: start anywhere, then always the row farthest from all picks.
 
+    Args:
+        features: (N, D), any floating dtype.
+        size: Picks at most.
+        start: First pick; None takes the row with the largest of ``squared_distances``.
+        squared_distances: (N,) to what counts as picked before; None: infinite.
+        radius: End once the covering radius is at or below this.
+
     Returns:
         Picks (at most ``size``,) int64, and the covering radius: the largest distance of any row to
-        its nearest pick. Ends early once that radius is at or below ``radius``.
+        its nearest pick.
     """
     x = features.double()  # [N, D]
     squared = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
-    picks = [start]
+    if squared_distances is not None:
+        squared = squared_distances.clone()
+    picks = [int(squared.argmax()) if start is None else start]
     while True:
         squared = torch.minimum(squared, (x - x[picks[-1]]).square().sum(-1))
-        squared[picks] = -1.0  # never again, not even among equals at distance 0
-        covering = max(float(squared.max()), 0.0)
-        if len(picks) == size or math.sqrt(covering) <= radius:
-            return torch.tensor(picks), math.sqrt(covering)
+        squared[picks[-1]] = -1.0  # never again, not even among equals at distance 0
+        covering = math.sqrt(max(float(squared.max()), 0.0))
+        if len(picks) == size or covering <= radius:
+            return torch.tensor(picks), covering
         picks.append(int(squared.argmax()))
+
+
+def log_sum_exp(a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of every row (L,) and column (S,) of ``scale * a @ b.T``, in float64."""
+    s = scale * (a.double() @ b.double().T)  # [L, S]
+    return s.logsumexp(dim=1), s.logsumexp(dim=0)
+
+
+def match(
+    a: Tensor,
+    b: Tensor,
+    method: str,
+    *,
+    metric: str = "euclidean",
+    ratio: float = 0.8,
+    mutual: bool = False,
+    temperature: float = 0.1,
+    threshold: float = 0.2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of rows: indices in ``a`` (M,), ascending, in ``b`` (M,), and float64 scores (M,).
+
+    - mutual: each other's nearest; the score is their distance.
+    - ratio: ``d1 < ratio * d2`` for the two nearest of a row of ``a``, d2 infinite if there is only
+      one; with ``mutual``, also of a row of ``b``, for pairs that are each other's nearest. The score
+      is the (larger) ratio.
+    - dual_softmax: ``P = softmax(s, 1) * softmax(s, 0)``, ``s = a @ b.T / temperature``; the largest of
+      their row and of their column, of at least ``threshold``. The score is P.
+
+    Equals go to the lower index on both sides.
+    """
+    if method == "dual_softmax":
+        s = a.double() @ b.double().T / temperature
+        log_p = s.log_softmax(dim=1) + s.log_softmax(dim=0)
+        scores, far = log_p.exp(), -log_p  # [L, S]
+    else:
+        scores = pairwise_distances(a, b, metric)  # [L, S]
+        far = -scores if metric == "inner_product" else scores
+    nearest, back = _first_smallest(far), _first_smallest(far.T)  # [L], [S]
+    rows = torch.arange(len(far), device=far.device)
+    passed = back[nearest] == rows
+    scores = scores[rows, nearest]
+    if method == "ratio":
+        scores = _ratios(far, ratio)
+        if mutual:
+            scores = torch.maximum(scores, _ratios(far.T, ratio)[nearest])
+        passed = scores.isfinite() & (passed | (not mutual))
+    elif method == "dual_softmax":
+        passed &= scores >= threshold
+    return rows[passed], nearest[passed], scores[passed]
+
+
+def _first_smallest(x: Tensor) -> Tensor:
+    """Index of the smallest entry of every row, the first among equals."""
+    return x.sort(dim=1, stable=True).indices[:, 0]
+
+
+def _ratios(distances: Tensor, ratio: float) -> Tensor:
+    """d1 / d2 of the two smallest of every row (0 without a second); infinite unless d1 < ratio d2."""
+    two = torch.nn.functional.pad(distances, (0, 1), value=math.inf).sort(dim=1).values[:, :2]
+    return (two[:, 0] / two[:, 1]).where(two[:, 0] < ratio * two[:, 1], math.inf)
 
 
 def _norm(x: Tensor) -> Tensor:
