@@ -1,5 +1,6 @@
 """Registration with torch: what ``torch.compile`` and ``opcheck`` see of the kernels."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -9,6 +10,7 @@ from pyfeat import _C
 from pyfeat._checks import (
     as_mask,
     as_matrix,
+    check_finite,
     distance_dtype_of,
     dtype_name,
     with_contiguous_rows,
@@ -35,10 +37,13 @@ def search_cpu(
     *,
     packed: _C.PackedMemory | None = None,
     distance_dtype: torch.dtype | None = None,
+    report: Callable[[tuple[int, int, int]], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kernel itself; ``packed`` is ``memory`` in packed form, made beforehand.
 
-    Distances are float32, float64 for float64 features, unless said otherwise.
+    Distances are float32, float64 for float64 features, unless said otherwise. ``report`` is called
+    with the numbers of rows ranked in float64, of queries tried again in a finer precision, and of
+    those that took every row in float64.
     """
     queries, memory = with_contiguous_rows(queries), with_contiguous_rows(memory)
     mask = None if mask is None else with_contiguous_rows(mask)
@@ -46,7 +51,7 @@ def search_cpu(
         (queries.shape[0], k), dtype=distance_dtype or distance_dtype_of(queries)
     )
     indices = queries.new_empty((queries.shape[0], k), dtype=torch.int64)
-    _C.knn_cpu(
+    counters = _C.knn_cpu(
         as_matrix(queries),
         as_matrix(memory),
         k,
@@ -59,6 +64,8 @@ def search_cpu(
         torch.get_num_threads(),
         packed=packed,
     )
+    if report is not None:
+        report(counters)
     return distances, indices
 
 
@@ -77,7 +84,36 @@ def _knn_fake(
     )
 
 
+def search_cuda(
+    queries: Tensor,
+    memory: Tensor,
+    k: int,
+    metric: str,
+    mask: Tensor | None = None,
+    skip_nonfinite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The kernels in Triton, which is imported here and nowhere else."""
+    from pyfeat._triton import similarity
+
+    if not skip_nonfinite:
+        check_finite("knn", "queries", queries)
+        check_finite("knn", "memory", memory)
+        return similarity.knn(queries, memory, k, metric, allowed=mask)
+    usable = memory.isfinite().all(dim=1)  # [N]
+    searchable = queries.isfinite().all(dim=1)[:, None]  # [Q, 1]
+    distances, indices = similarity.knn(
+        queries.where(searchable, 0.0),
+        memory.where(usable[:, None], 0.0),
+        k,
+        metric,
+        allowed=usable if mask is None else usable & mask,
+    )
+    none = -torch.inf if metric == "inner_product" else torch.inf
+    return distances.where(searchable, none), indices.where(searchable, -1)
+
+
 torch.library.impl("pyfeat::knn", "CPU", search_cpu)
+torch.library.impl("pyfeat::knn", "CUDA", search_cuda)
 torch.library.register_fake("pyfeat::knn", _knn_fake)
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent: written aside, then renamed into place."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -7,12 +8,17 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyfeat._extras import require
 
 PathLike = str | os.PathLike[str]
+
+_CHECKSUM = "checksum"  # its key among the metadata of a safetensors file
+_CHUNK_BYTES = 16 << 20
 
 
 def _aside(path: Path) -> Path:
@@ -90,7 +96,9 @@ def replaced_folder(op: str, path: Path, *, marker: str, force: bool) -> Iterato
 def save_tensors(
     path: PathLike, tensors: Mapping[str, Tensor], *, kind: str, version: int, header: object
 ) -> None:
-    """Write tensors and a JSON header to one safetensors file.
+    """Write tensors and a JSON header to one safetensors file, with a checksum over both.
+
+    The checksum takes about a second for a gigabyte.
 
     Raises:
         FileNotFoundError: If the folder of ``path`` does not exist.
@@ -104,8 +112,9 @@ def save_tensors(
         message = f"{kind}.save: path must be a file, got the folder {path}"
         raise IsADirectoryError(message)
     safetensors = require("safetensors.torch", extra="bank", op=f"{kind}.save")
+    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"kind": kind, "version": str(version), "header": json.dumps(header)}
-    data = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata[_CHECKSUM] = _checksum(metadata, data)
     with written_aside(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
@@ -114,13 +123,16 @@ def save_tensors(
 
 
 def load_tensors(
-    path: PathLike, *, kind: str, version: int
-) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Read what ``save_tensors`` wrote.
+    path: PathLike, *, kind: str, version: int, first_with_checksum: int = 1
+) -> tuple[dict[str, Tensor], Any]:
+    """Read what ``save_tensors`` wrote, the tensors and the header.
+
+    Files of versions before ``first_with_checksum`` may lack the checksum.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is cut off, of another kind, or of a newer version than ``version``.
+        ValueError: If it is cut off or damaged, of another kind, or of a newer version than
+            ``version``.
     """
     op = f"{kind}.load"
     path = Path(path)
@@ -139,7 +151,33 @@ def load_tensors(
         message = f"{op}: path must hold a {kind}, got {path} with {metadata.get('kind')}"
         raise ValueError(message)
     check_version(op, path, metadata.get("version"), version)
-    return tensors, json.loads(metadata["header"])
+    noted = metadata.pop(_CHECKSUM, None)
+    if noted is not None or int(metadata["version"]) >= first_with_checksum:
+        found = _checksum(metadata, tensors)
+        if found != noted:
+            message = (
+                f"{op}: path must be an undamaged file, got {path} (checksum {found}, not {noted})"
+            )
+            raise ValueError(message)
+    try:
+        return tensors, json.loads(metadata["header"])
+    except (KeyError, ValueError) as error:
+        message = f"{op}: path must be an undamaged file, got {path} without a header ({error!r})"
+        raise ValueError(message) from error
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of the metadata, and of the names, dtypes, shapes and bytes of contiguous CPU tensors."""
+    named = sorted(tensors.items())
+    layout = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in named]
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([sorted(metadata.items()), layout]).encode())
+    for _, tensor in named:
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        # In parts, between which Ctrl-C is noticed.
+        for begin in range(0, len(data), _CHUNK_BYTES):
+            digest.update(data[begin : begin + _CHUNK_BYTES])
+    return digest.hexdigest()
 
 
 def check_version(op: str, path: Path, found: object, supported: int) -> None:

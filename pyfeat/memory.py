@@ -1,44 +1,44 @@
 """A memory of features that grows, shrinks, answers and is kept on disk."""
 
+import math
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyfeat import _C
-from pyfeat._checks import (
-    as_matrix,
-    as_tensor,
-    check_choice,
-    check_features,
-    check_finite,
-    check_k,
-)
+from pyfeat._backends import select_backend
+from pyfeat._checks import check_choice, dtype_name
+from pyfeat._ids import as_ids, which_are_among
 from pyfeat._ops import search_cpu
+from pyfeat._rows import RowStore
 from pyfeat._storage import PathLike, load_tensors, save_tensors
-from pyfeat.coreset import Coreset, greedy_coreset
-from pyfeat.search import METRICS, Metric, Neighbours, knn
+from pyfeat.coreset import Coreset, cover, greedy_coreset
+from pyfeat.search import METRICS, Metric
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksum and no radius
 
 
-class MemoryBank:
+class MemoryBank(RowStore):
     """Rows of features with an id each, searched exactly.
 
     Rows keep the order in which they were added, so that of two rows at equal distance the older
-    wins. An id is one integer or a fixed number of them, such as (image, y, x).
+    wins. An id is one integer or a fixed number of them, such as (image, y, x); rows may share one.
 
     Args:
-        features: (N, D) float32 rows to begin with; they are copied.
-        metric: Distance of ``search``, as in ``pyfeat.knn``.
+        features: (N, D) float32, float64, float16 or bfloat16 rows to begin with, tensor or numpy
+            array; they are copied. The dtype of the first rows is the bank's.
+        metric: Distance of ``search`` and ``range_search``, as in ``pyfeat.knn``.
         ids: (N,) or (N, c) int64; None numbers the rows in the order in which they are added.
 
     Memory: the features, and room for up to as many again while the bank grows; from the first search
-    on also a packed copy, of the same size, or half where the processor multiplies bfloat16.
+    on also a packed copy of 1 byte for each feature, or of 2 or 4 where rows lie too close together
+    for that.
 
     Examples:
         >>> bank = MemoryBank(torch.eye(3), ids=torch.tensor([10, 11, 12]))
+        >>> bank
+        MemoryBank(3 x 3 float32, metric='euclidean', radius=None)
         >>> bank.ids[bank.search(torch.tensor([[0.0, 0.9, 0.0]])).indices[:, 0]]
         tensor([11])
     """
@@ -51,37 +51,16 @@ class MemoryBank:
         ids: Tensor | NDArray[Any] | None = None,
     ) -> None:
         check_choice("MemoryBank", "metric", metric, METRICS)
-        self.metric: Metric = metric
-        self._features = torch.empty((0, 0))  # [capacity, D]
-        self._ids = torch.empty((0,), dtype=torch.int64)  # [capacity] or [capacity, c]
-        self._size = 0
-        self._next_id = 0
-        self._packed: _C.PackedMemory | None = None
-        self._packed_version = -1  # of the features that were packed
+        super().__init__(metric)
         if features is not None:
             self.add(features, ids)
         elif ids is not None:
             message = f"MemoryBank: ids must be None without features, got {type(ids).__name__}"
             raise ValueError(message)
 
-    def __len__(self) -> int:
-        return self._size
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # copies and pickles pack again
-
     def __repr__(self) -> str:
-        return f"MemoryBank({len(self)} x {self.features.shape[1]}, metric={self.metric!r})"
-
-    @property
-    def features(self) -> Tensor:
-        """(N, D) float32, a view of the stored rows in the order of adding."""
-        return self._features[: self._size]
-
-    @property
-    def ids(self) -> Tensor:
-        """(N,) or (N, c) int64, one for each row of ``features``."""
-        return self._ids[: self._size]
+        kind = f"{len(self)} x {self._features.shape[1]} {dtype_name(self._features.dtype)}"
+        return f"MemoryBank({kind}, metric={self.metric!r}, radius={self.radius})"
 
     def add(
         self, features: Tensor | NDArray[Any], ids: Tensor | NDArray[Any] | None = None
@@ -89,34 +68,104 @@ class MemoryBank:
         """Append rows.
 
         Args:
-            features: (n, D) float32, finite.
+            features: (n, D) of the bank's dtype, finite.
             ids: (n,) or (n, c) int64, of the shape of the bank's ids; None counts on from the
                 highest id given so far (single ids only).
 
         Raises:
-            TypeError: If features are not float32 or ids not int64.
+            TypeError: If features do not have the bank's dtype, or ids are not int64.
             ValueError: If shapes disagree with the bank, or a feature is NaN or infinite.
         """
         op = "MemoryBank.add"
-        rows = as_tensor(op, "features", features).detach()
-        check_features(op, "features", rows, dim=self._features.shape[1] if len(self) else None)
-        check_finite(op, "features", rows)
+        rows = self._rows_for(op, "features", features)
+        self._append(rows, self._ids_for(op, rows.shape[0], ids), radius=self.radius)
+
+    def merge(self, other: "MemoryBank") -> None:
+        """Append the rows of another bank with their ids; ids that both have are shared by rows.
+
+        Ids that are counted on later are new to both banks. An empty bank takes the dtype, width and
+        shape of ids of the other.
+
+        Raises:
+            TypeError: If ``other`` is no memory bank, or has another dtype.
+            ValueError: If it is this bank itself, has another metric, width or shape of ids, or
+                holds NaN or infinity.
+        """
+        op = "MemoryBank.merge"
+        if not isinstance(other, MemoryBank):
+            message = f"{op}: other must be a MemoryBank, got {type(other).__name__}"
+            raise TypeError(message)
+        if other is self:
+            message = f"{op}: other must be another bank, got the bank itself"
+            raise ValueError(message)
+        if other.metric != self.metric:
+            message = f"{op}: other must have metric {self.metric!r}, got {other.metric!r}"
+            raise ValueError(message)
+        known = [radius for radius in (self.radius, other.radius) if radius is not None]
+        if len(other):
+            rows = self._rows_for(op, "other", other.features)
+            ids = self._ids_for(op, len(other), other.ids)
+            self._append(rows, ids, radius=max(known, default=None))
+        self._next_id = max(self._next_id, other._next_id)
+
+    def cover(
+        self,
+        features: Tensor | NDArray[Any],
+        ids: Tensor | NDArray[Any] | None = None,
+        *,
+        radius: float | None = None,
+    ) -> Tensor:
+        """Append only as many rows as it takes to cover all of them.
+
+        The row farthest from the bank is added, again and again, until each lies within ``radius`` of
+        a row of the bank: a coreset grows without another look at the rows it was chosen from. Rows
+        at equal distance come in their order; an empty bank begins with the first row.
+
+        Args:
+            features: As in ``add``.
+            ids: As in ``add``, for all rows, added or not; None numbers those that are added.
+            radius: Euclidean whatever the bank's metric, >= 0; None takes ``radius`` of the bank.
+
+        Returns:
+            (m,) int64: the rows added, as indices into ``features``, in the order of adding.
+
+        Raises:
+            TypeError: As ``add``.
+            ValueError: As ``add``; if the radius is negative or not finite, or neither given nor known.
+            NotImplementedError: If the rows or the bank are not on the CPU.
+
+        Precision: distances by direct differences in float64.
+
+        Examples:
+            >>> bank = MemoryBank(torch.tensor([[0.0], [9.0]]))
+            >>> bank.cover(torch.tensor([[1.0], [4.0], [5.0], [3.0]]), radius=2.0)
+            tensor([1])
+        """
+        op = "MemoryBank.cover"
+        rows = self._rows_for(op, "features", features)
         row_ids = self._ids_for(op, rows.shape[0], ids)
-        if not len(self):
-            self._features = rows.new_empty((0, rows.shape[1]))
-            self._ids = row_ids.new_empty((0, *row_ids.shape[1:]))
-        end = self._size + rows.shape[0]
-        if end > self._features.shape[0]:
-            # Doubling makes the copies of a growing bank a constant cost for each row.
-            capacity = end if not len(self) else max(end, 2 * self._size)
-            self._features = _grown(self._features, self._size, capacity)
-            self._ids = _grown(self._ids, self._size, capacity)
-        self._features[self._size : end] = rows
-        self._ids[self._size : end] = row_ids
-        self._size = end
-        self._packed = None
-        if row_ids.ndim == 1 and len(row_ids):
-            self._next_id = max(self._next_id, int(row_ids.max()) + 1)
+        known = self.radius
+        radius = known if radius is None else float(radius)
+        if radius is None or not 0.0 <= radius < math.inf:
+            message = (
+                f"{op}: radius must be finite and at least 0, and given where the bank has none, "
+                f"got {radius}"
+            )
+            raise ValueError(message)
+        for tensor in (rows, self._features):
+            select_backend(op, "cpu", tensor)
+        squared = torch.full((rows.shape[0],), math.inf, dtype=torch.float64)
+        if len(self):
+            exact = torch.float64
+            found = search_cpu(rows, self.features, 1, "sqeuclidean", distance_dtype=exact)
+            squared = found[0][:, 0]
+        picks = cover(rows, squared, radius)
+        self._append(
+            rows[picks],
+            row_ids[: len(picks)] if ids is None else row_ids[picks],
+            radius=max(radius, known or 0.0),
+        )
+        return picks
 
     def remove(self, ids: Tensor | NDArray[Any]) -> int:
         """Drop every row that has one of ``ids``; the others keep their order.
@@ -133,57 +182,11 @@ class MemoryBank:
             KeyError: If an id is not in the bank; nothing is dropped then.
         """
         op = "MemoryBank.remove"
-        wanted = _as_ids(op, ids)
-        if wanted.ndim != self._ids.ndim or wanted.shape[1:] != self._ids.shape[1:]:
-            message = (
-                f"{op}: ids must have shape {_shape_like(self._ids)}, got {tuple(wanted.shape)}"
-            )
-            raise ValueError(message)
-        both = torch.cat([self.ids, wanted.to(self._ids.device)])
-        key = torch.unique(both, dim=0, return_inverse=True)[1]  # [N + n]
-        held, asked = key[: len(self)], key[len(self) :]
-        missing = ~torch.isin(asked, held)
-        if missing.any():
-            message = f"{op}: ids must be in the bank, got {wanted[missing.cpu()][0].tolist()}"
-            raise KeyError(message)
-        keep = ~torch.isin(held, asked)
-        removed = len(self) - int(keep.sum())
-        self._keep(keep)
-        return removed
-
-    def search(self, queries: Tensor, k: int = 1) -> Neighbours:
-        """The k nearest rows of every query, as ``pyfeat.knn`` finds them.
-
-        The first search packs the bank; until it changes, others start at once.
-
-        Args:
-            queries: (Q, D) float32.
-            k: 1 <= k <= len(bank).
-
-        Returns:
-            ``distances`` (Q, k) float32, detached, and ``indices`` (Q, k) int64 into ``features`` and
-            ``ids``.
-
-        Raises:
-            TypeError: If queries are not float32.
-            ValueError: As ``pyfeat.knn``.
-        """
-        op = "MemoryBank.search"
-        check_k(op, k, len(self))
-        check_features(op, "queries", queries, dim=self._features.shape[1])
-        if queries.device.type != "cpu" or self._features.device.type != "cpu":
-            return knn(queries, self.features, k, metric=self.metric)
-        # The version of a tensor counts the writes to it, also those through a view of ``features``.
-        if self._packed is None or self._packed_version != self._features._version:
-            self._packed = _C.PackedMemory(
-                as_matrix(self.features),
-                getattr(_C.Metric, self.metric),
-                _C.NonFinite.refuse,
-                torch.get_num_threads(),
-            )
-            self._packed_version = self._features._version
-        found = search_cpu(queries.detach(), self.features, k, self.metric, packed=self._packed)
-        return Neighbours(*found)
+        dropped = which_are_among(op, self.ids, as_ids(op, ids))
+        count = int(dropped.sum())
+        if count:
+            self._keep(~dropped, radius=None)
+        return count
 
     def coreset(
         self,
@@ -193,6 +196,7 @@ class MemoryBank:
         radius: float | None = None,
         start: int | None = None,
         seed: int = 0,
+        projection: int | None = None,
         progress: bool = False,
     ) -> Coreset:
         """Keep only a k-centre greedy coreset, in the order of picking.
@@ -201,7 +205,8 @@ class MemoryBank:
         the bank's metric.
 
         Returns:
-            The rows kept, as indices into the bank before the call, and the covering radius.
+            The rows kept, as indices into the bank before the call, and the covering radius, which
+            ``radius`` of the bank remembers.
         """
         coreset = greedy_coreset(
             self.features,
@@ -210,13 +215,16 @@ class MemoryBank:
             radius=radius,
             start=start,
             seed=seed,
+            projection=projection,
             progress=progress,
         )
-        self._keep(coreset.indices)
+        self._keep(coreset.indices, radius=coreset.radius)
         return coreset
 
     def save(self, path: PathLike) -> None:
         """Write the bank to one safetensors file, aside first and then renamed.
+
+        The file holds a checksum over all that it says; see ``load``.
 
         Raises:
             FileNotFoundError: If the folder of ``path`` does not exist.
@@ -228,7 +236,7 @@ class MemoryBank:
             {"features": self.features, "ids": self.ids},
             kind="MemoryBank",
             version=FORMAT_VERSION,
-            header={"metric": self.metric, "next_id": self._next_id},
+            header={"metric": self.metric, "next_id": self._next_id, "radius": self.radius},
         )
 
     @classmethod
@@ -237,52 +245,18 @@ class MemoryBank:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is cut off, is no memory bank, or was written by a newer version.
+            ValueError: If it is cut off, damaged, no memory bank, or was written by a newer version.
             ImportError: If safetensors is not installed.
         """
-        tensors, header = load_tensors(path, kind="MemoryBank", version=FORMAT_VERSION)
-        metric = header["metric"]
-        check_choice("MemoryBank.load", "metric", metric, METRICS)
-        bank = cls(tensors["features"], metric=metric, ids=tensors["ids"])  # type: ignore[arg-type]
-        bank._next_id = int(str(header["next_id"]))
+        tensors, header = load_tensors(
+            path, kind="MemoryBank", version=FORMAT_VERSION, first_with_checksum=2
+        )
+        try:
+            bank = cls(tensors["features"], metric=header["metric"], ids=tensors["ids"])
+            bank._next_id = int(header["next_id"])
+            radius = header.get("radius")
+            bank._radius = None if radius is None else float(radius)
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"MemoryBank.load: path must hold a whole bank, got {path} ({error})"
+            raise ValueError(message) from error
         return bank
-
-    def _keep(self, rows: Tensor) -> None:
-        """Keep the given rows, a mask or indices, in their order."""
-        self._features, self._ids = self.features[rows], self.ids[rows]
-        self._size = self._features.shape[0]
-        self._packed = None
-
-    def _ids_for(self, op: str, count: int, ids: Tensor | NDArray[Any] | None) -> Tensor:
-        if ids is None:
-            if self._ids.ndim != 1:
-                message = f"{op}: ids must have shape {_shape_like(self._ids)}, got None"
-                raise ValueError(message)
-            return torch.arange(self._next_id, self._next_id + count)
-        given = _as_ids(op, ids)
-        fits = given.ndim in (1, 2) and given.shape[0] == count
-        if len(self):
-            fits = fits and given.shape[1:] == self._ids.shape[1:]
-        if not fits:
-            like = _shape_like(self._ids, count) if len(self) else f"({count},) or ({count}, c)"
-            message = f"{op}: ids must have shape {like}, got {tuple(given.shape)}"
-            raise ValueError(message)
-        return given
-
-
-def _as_ids(op: str, ids: Tensor | NDArray[Any]) -> Tensor:
-    given = as_tensor(op, "ids", ids)
-    if given.dtype != torch.int64:
-        message = f"{op}: ids must be int64, got {str(given.dtype).removeprefix('torch.')}"
-        raise TypeError(message)
-    return given
-
-
-def _shape_like(ids: Tensor, count: int | str = "n") -> str:
-    return f"({count},)" if ids.ndim == 1 else f"({count}, {ids.shape[1]})"
-
-
-def _grown(tensor: Tensor, size: int, capacity: int) -> Tensor:
-    grown = tensor.new_empty((capacity, *tensor.shape[1:]))
-    grown[:size] = tensor[:size]
-    return grown

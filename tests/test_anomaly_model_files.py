@@ -185,8 +185,14 @@ def shorten_bank(folder: Path) -> None:
 
 
 def newer_bank(folder: Path) -> None:
-    metadata = {"kind": "MemoryBank", "version": "2", "header": "{}"}
+    metadata = {"kind": "MemoryBank", "version": "3", "header": "{}"}
     safetensors.torch.save_file({"x": torch.eye(2)}, folder / "bank.safetensors", metadata)
+
+
+def damage_bank(folder: Path) -> None:
+    whole = bytearray((folder / "bank.safetensors").read_bytes())
+    whole[-1] ^= 1
+    (folder / "bank.safetensors").write_bytes(whole)
 
 
 BROKEN: dict[str, tuple[type[Exception], str, Callable[[Path], None]]] = {
@@ -216,7 +222,8 @@ BROKEN: dict[str, tuple[type[Exception], str, Callable[[Path], None]]] = {
     "empty bank": (ValueError, "whole safetensors file", cut("bank.safetensors", 0)),
     "cut bank": (ValueError, "whole safetensors file", cut("bank.safetensors", 3000)),
     "other bank": (ValueError, r"bank of \d+ rows, got \d+ in .*bank\.safetensors", shorten_bank),
-    "newer bank": (ValueError, r"MemoryBank\.load: path must .* older, got .* 2;", newer_bank),
+    "newer bank": (ValueError, r"MemoryBank\.load: path must .* older, got .* 3;", newer_bank),
+    "damaged bank": (ValueError, r"MemoryBank\.load: path must be an undamaged", damage_bank),
 }
 
 

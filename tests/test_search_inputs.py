@@ -1,10 +1,12 @@
 """What may be searched: dtypes, masks, rows that are not finite, memories on disk."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import pyfeat
 from pyfeat import reference
@@ -161,7 +163,7 @@ def test_a_memory_on_disk_is_searched_where_it_lies(tmp_path: Path, dtype: type)
     rng = np.random.default_rng(0)
     rng.standard_normal((3000, 24)).astype(dtype).tofile(path)
     memory = np.memmap(path, dtype=dtype, mode="r", shape=(3000, 24))
-    queries = np.asarray(rng.standard_normal((17, 24)), dtype=dtype)
+    queries: NDArray[Any] = np.asarray(rng.standard_normal((17, 24)), dtype=dtype)
     found = pyfeat.knn(queries, memory, 3)
     expected = reference.knn(
         torch.from_numpy(queries), torch.from_numpy(np.array(memory)), 3, "euclidean"

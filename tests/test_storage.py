@@ -4,10 +4,22 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
 
-from pyfeat._storage import check_replaceable, check_version, replaced_folder, written_aside
+from pyfeat import _storage
+from pyfeat._storage import (
+    check_replaceable,
+    check_version,
+    load_tensors,
+    replaced_folder,
+    save_tensors,
+    written_aside,
+)
 
 Patch = pytest.MonkeyPatch
 MARKER = "model.json"
@@ -262,3 +274,105 @@ def test_a_version_is_read_up_to_the_supported_one() -> None:
     for found in refused:
         with pytest.raises(ValueError, match=f"version 2 or older, got file with version {found};"):
             check_version("load", Path("file"), found, 2)
+
+
+# Tensors
+
+TENSORS: dict[str, Tensor] = {
+    "bytes": torch.arange(200, dtype=torch.uint8),
+    "empty": torch.empty(0, 7, dtype=torch.float64),
+    "flags": torch.arange(9) % 2 == 0,
+    "half": torch.arange(30).bfloat16().reshape(5, 6),
+    "number": torch.tensor(3.5),
+    "strided": torch.arange(24.0).reshape(4, 6).T,
+}
+
+
+def save(path: Path, tensors: dict[str, Tensor] = TENSORS, header: object = None) -> None:
+    save_tensors(path, tensors, kind="Things", version=3, header=header)
+
+
+def load(path: Path, **options: Any) -> tuple[dict[str, Tensor], Any]:
+    return load_tensors(path, kind="Things", version=3, **options)
+
+
+def checksum_of(path: Path) -> str:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return str(file.metadata()["checksum"])
+
+
+def test_tensors_and_header_come_back_as_they_were(tmp_path: Path) -> None:
+    header = {"name": 'a "quoted" μ', "numbers": [1, 0.1, None]}
+    save(tmp_path / "file", header=header)
+    tensors, found = load(tmp_path / "file")
+    assert found == header
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_checksum_is_that_of_the_content(tmp_path: Path, monkeypatch: Patch) -> None:
+    save(tmp_path / "file")
+    expected = checksum_of(tmp_path / "file")
+    assert len(expected) == 32
+    save(tmp_path / "file", dict(reversed(TENSORS.items())))
+    assert checksum_of(tmp_path / "file") == expected
+    monkeypatch.setattr(_storage, "_CHUNK_BYTES", 7)  # cuts through numbers and tensors
+    save(tmp_path / "file")
+    assert checksum_of(tmp_path / "file") == expected
+    others: list[dict[str, Tensor]] = [
+        {"a": torch.zeros(4)},
+        {"b": torch.zeros(4)},
+        {"a": torch.zeros(2, 2)},
+        {"a": torch.zeros(4, dtype=torch.int32)},
+        {"a": torch.zeros(2), "b": torch.zeros(2)},
+        {"a": torch.tensor([0.0, 0.0, 0.0, -0.0])},
+    ]
+    found = set()
+    for other in others:
+        save(tmp_path / "file", other)
+        found.add(checksum_of(tmp_path / "file"))
+    assert len(found) == len(others)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 1 << 20])
+def test_damage_is_noticed_in_every_part(
+    tmp_path: Path, monkeypatch: Patch, chunk_bytes: int
+) -> None:
+    path = tmp_path / "file"
+    save(path, {"a": torch.arange(40), "b": torch.arange(40).bfloat16()})
+    whole = path.read_bytes()
+    monkeypatch.setattr(_storage, "_CHUNK_BYTES", chunk_bytes)
+    load(path)
+    for position in range(len(whole) - 400, len(whole), 3):
+        broken = bytearray(whole)
+        broken[position] ^= 16
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"Things\.load: path must be an undamaged file, got "):
+            load(path)
+
+
+def test_only_files_of_older_versions_may_lack_the_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    metadata = {"kind": "Things", "version": "2", "header": "[1]"}
+    safetensors.torch.save_file(TENSORS | {"strided": torch.eye(2)}, path, metadata)
+    assert load(path, first_with_checksum=3)[1] == [1]
+    for first in (1, 2):
+        with pytest.raises(
+            ValueError, match=r"undamaged file, got .* \(checksum \w{32}, not None\)"
+        ):
+            load(path, first_with_checksum=first)
+    with pytest.raises(ValueError, match=r"undamaged file, got .*, not None"):
+        load(path)
+
+
+@pytest.mark.parametrize("header", [None, "", "{"], ids=repr)
+def test_a_file_without_a_header_is_refused(tmp_path: Path, header: str | None) -> None:
+    metadata = {"kind": "Things", "version": "1"} | ({} if header is None else {"header": header})
+    safetensors.torch.save_file({"a": torch.eye(2)}, tmp_path / "file", metadata)
+    with pytest.raises(
+        ValueError, match=r"Things\.load: path must be an undamaged file, .*without a"
+    ):
+        load(tmp_path / "file", first_with_checksum=2)
