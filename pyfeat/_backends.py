@@ -5,30 +5,66 @@ way runs. A backend asked for by name runs or raises: it is never replaced in si
 """
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-Backend = Literal["cpu", "reference"]
-Obstacles = Callable[[Tensor], list[str]]
+Backend = Literal["cpu", "triton", "reference"]
+
+# op, features, k
+Obstacles = Callable[[str, Tensor, int], list[str]]
+
+_TRITON_OPS = ("knn",)
+_TRITON_LARGEST_K = 64
+_TRITON_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
 
-def _cpu_obstacles(features: Tensor) -> list[str]:
+def _cpu_obstacles(op: str, features: Tensor, k: int) -> list[str]:
     if features.device.type != "cpu":
         return [f"inputs are on {features.device}"]
     return []
 
 
-def _no_obstacles(features: Tensor) -> list[str]:
+def _triton_obstacles(op: str, features: Tensor, k: int) -> list[str]:
+    obstacles = []
+    if op not in _TRITON_OPS:
+        obstacles.append(f"it has no {op}")
+    if k > _TRITON_LARGEST_K:
+        obstacles.append(f"k must be at most {_TRITON_LARGEST_K}, got {k}")
+    if features.device.type != "cuda":
+        obstacles.append(f"inputs are on {features.device}")
+    else:
+        obstacles += _missing_for_triton(features.device)
+    return obstacles
+
+
+def _missing_for_triton(device: torch.device | None = None) -> list[str]:
+    if find_spec("triton") is None:
+        return ["triton is not installed: pip install 'pyfeat-kernels[gpu]'"]
+    if not torch.cuda.is_available():
+        return ["torch sees no CUDA GPU"]
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _TRITON_CAPABILITY:
+        return [f"the GPU must have compute capability 8.0 or more, got {capability}"]
+    return []
+
+
+def _no_obstacles(op: str, features: Tensor, k: int) -> list[str]:
     return []
 
 
 # In order of preference. The reference is slow by design and runs only when it is asked for.
-_OBSTACLES: Mapping[Backend, Obstacles] = {"cpu": _cpu_obstacles, "reference": _no_obstacles}
+_OBSTACLES: Mapping[Backend, Obstacles] = {
+    "cpu": _cpu_obstacles,
+    "triton": _triton_obstacles,
+    "reference": _no_obstacles,
+}
 BACKENDS: tuple[Backend, ...] = tuple(_OBSTACLES)
 
 
-def select_backend(op: str, backend: Backend | None, features: Tensor) -> Backend:
+def select_backend(op: str, backend: Backend | None, features: Tensor, *, k: int = 1) -> Backend:
     """The backend to run ``op`` on inputs like ``features``.
 
     Raises:
@@ -39,10 +75,17 @@ def select_backend(op: str, backend: Backend | None, features: Tensor) -> Backen
     )
     reasons = []
     for name in candidates:
-        obstacles = _OBSTACLES[name](features)
+        obstacles = _OBSTACLES[name](op, features, k)
         if not obstacles:
             return name
         reasons.append(f"{name}: {'; '.join(obstacles)}")
     asked = "no backend supports" if backend is None else f"backend {backend!r} does not support"
     message = f"{op}: {asked} these inputs ({' | '.join(reasons)})"
     raise NotImplementedError(message)
+
+
+def backend_report() -> dict[str, str]:
+    """Of each backend, "available" or why it is missing here."""
+    missing = _missing_for_triton()
+    triton = f"missing: {'; '.join(missing)}" if missing else "available"
+    return {"cpu": "available", "triton": triton, "reference": "available"}

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import torch
 
 from pyfeat import _C
-from pyfeat._backends import BACKENDS
+from pyfeat._backends import backend_report
 
 # Module that shows an extra to be installed, by extra.
 _EXTRAS = {
@@ -14,6 +14,7 @@ _EXTRAS = {
     "demo": "elpv_dataset",
     "hf": "transformers",
     "timm": "timm",
+    "gpu": "triton",
 }
 
 
@@ -22,19 +23,21 @@ def info() -> dict[str, object]:
 
     Returns:
         ``version`` and ``torch``; ``instruction_sets``, slowest first, the last one is used;
-        ``threads``, as ``torch.get_num_threads()``; ``backends``; ``extras``, each "installed" or
-        the command that installs it.
+        ``precisions`` of their tiles, likewise; ``threads``, as ``torch.get_num_threads()``;
+        ``backends``, each "available" or why it is missing; ``extras``, each "installed" or the
+        command that installs it.
 
     Examples:
-        >>> info()["backends"]
-        ['cpu', 'reference']
+        >>> info()["backends"]["cpu"]
+        'available'
     """
     return {
         "version": _C.__version__,
         "torch": torch.__version__,
         "instruction_sets": _C.isas(),
         "threads": torch.get_num_threads(),
-        "backends": list(BACKENDS),
+        "precisions": _C.precisions(),
+        "backends": backend_report(),
         "extras": {
             extra: "installed"
             if find_spec(module)

@@ -130,8 +130,7 @@ def knn(
         >>> knn(torch.zeros(1, 2), torch.eye(2)).indices
         tensor([[0]])
     """
-    arguments = _Arguments("knn", queries, memory, metric, mask, nonfinite, backend)
-    check_k("knn", k, arguments.memory.shape[0])
+    arguments = _Arguments("knn", queries, memory, metric, mask, nonfinite, backend, k)
     q, x = arguments.queries, arguments.memory
     if arguments.backend == "reference":
         distances, indices = reference.knn(q, x, k, metric, arguments.finite_mask())
@@ -236,6 +235,7 @@ class _Arguments:
         mask: Tensor | NDArray[np.bool_] | None,
         nonfinite: NonFinite,
         backend: Backend | None,
+        k: int = 1,
     ) -> None:
         self.op = op
         self.numpy_in = isinstance(queries, np.ndarray)
@@ -254,6 +254,8 @@ class _Arguments:
         check_features(
             op, "memory", self.memory, dim=self.queries.shape[1], dtype=self.queries.dtype
         )
+        if op == "knn":
+            check_k(op, k, self.memory.shape[0])
         self.mask = None if mask is None else as_tensor(op, "mask", mask)
         if self.mask is not None:
             check_mask(op, self.mask, self.queries.shape[0], self.memory.shape[0])
@@ -265,7 +267,7 @@ class _Arguments:
                 )
                 raise ValueError(message)
         self.skip_nonfinite = nonfinite == "skip"
-        self.backend = select_backend(op, backend, self.queries)
+        self.backend = select_backend(op, backend, self.queries, k=k)
 
     def finite_mask(self) -> Tensor | None:
         """The mask, less the pairs with a row that is not finite, which raises unless skipped."""

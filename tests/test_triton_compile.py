@@ -1,0 +1,190 @@
+"""What the compiler makes of the Triton kernels; needs no GPU.
+
+The launchers run on meta tensors, so that what is compiled is what would be launched. That happens in
+a process of its own: in this one, Triton may be set to interpret.
+"""
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ARCHS = (80, 90)
+# Bytes of shared memory that one program may have.
+SHARED_MEMORY = {
+    80: 99 << 10,
+    90: 227 << 10,
+}  # 99 KB on consumer GPUs, which share the table of 8.0
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is missing"),
+]
+
+Kernel = dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=ARCHS, ids=lambda arch: f"sm_{arch}")
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, list[Kernel]]:
+    """The architecture, and what came out of the compiler for it."""
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_triton_compile", str(request.param)],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return request.param, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_without_spills(compiled: tuple[int, list[Kernel]]) -> None:
+    arch, kernels = compiled
+    assert {kernel["name"] for kernel in kernels} == {
+        "_group_scores_kernel",
+        "_mark_groups_kernel",
+        "_pack_memory_kernel",
+        "_pack_queries_kernel",
+        "_rank_marked_kernel",
+    }
+    for kernel in kernels:
+        assert kernel["spilled_bytes"] == 0, kernel
+        assert kernel["shared_bytes"] <= SHARED_MEMORY[arch], kernel
+
+
+def test_products_run_on_tensor_cores(compiled: tuple[int, list[Kernel]]) -> None:
+    arch, kernels = compiled
+    tiles = set()
+    for kernel in kernels:
+        if kernel["name"] == "_group_scores_kernel":
+            tiles.add(kernel["constants"]["BLOCK_Q"])
+            # Warp groups multiply 64 queries at a time; fewer go through the older instruction.
+            grouped = arch == 90 and kernel["constants"]["BLOCK_Q"] >= 64
+            assert kernel["instructions"]["wgmma" if grouped else "mma.sync"] > 0, kernel
+    assert tiles == {16, 64, 128}
+
+
+def test_no_multiplication_is_fused_with_an_addition_in_float64(
+    compiled: tuple[int, list[Kernel]],
+) -> None:
+    # A fused x * factor - q would not be 0 for a query that equals a row.
+    for kernel in compiled[1]:
+        assert kernel["instructions"]["contracted"] == 0, kernel
+
+
+def _launches(arch: int) -> None:
+    """Run the launchers on what covers every tile, group size, metric, dtype and kind of mask."""
+    from pyfeat._triton import shortlist, similarity
+
+    shortlist._major_capability = lambda device: arch // 10
+    metrics = ("euclidean", "cosine", "inner_product")
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    cases: list[tuple[int, int, int, int, str, torch.dtype, str]] = [
+        (784, 16_384, 384, k, metric, dtype, "none")
+        for metric, dtype, k in itertools.product(metrics, dtypes, (1, 9, 64))
+    ]
+    cases += [
+        (num_queries, 70_000, 384, 4, "euclidean", torch.float32, mask)
+        for num_queries, mask in itertools.product((1, 33, 500), ("none", "rows", "pairs"))
+    ]
+    cases += [(1, 1, 1, 1, "euclidean", torch.float32, "pairs")]
+    for num_queries, num_rows, dim, k, metric, dtype, mask in cases:
+        shape = {"rows": (num_rows,), "pairs": (num_queries, num_rows)}.get(mask)
+        similarity.knn(
+            torch.empty((num_queries, dim), dtype=dtype, device="meta"),
+            torch.empty((num_rows, dim), dtype=dtype, device="meta"),
+            k,
+            metric,
+            allowed=torch.empty(shape, dtype=torch.bool, device="meta") if shape else None,
+        )
+
+
+def _specialised(kernel: Any, values: dict[str, Any]) -> tuple[dict[str, str], Any, Any]:
+    """Signature, constants and attributes as Triton derives them from the values of a launch."""
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        fixed = parameter.do_not_specialize
+        aligned = False
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not fixed):
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+        elif isinstance(value, torch.Tensor):
+            from triton.runtime.jit import mangle_type
+
+            signature[parameter.name] = mangle_type(value)
+            aligned = True
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = not fixed and value % 16 == 0
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _compile(arch: int, kernel: Any, values: dict[str, Any], options: dict[str, Any]) -> Kernel:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _specialised(kernel, values)
+    source = ASTSource(kernel, signature, constants, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = built.asm["ptx"]
+    with Path(os.environ["TRITON_CACHE_DIR"], "kernel.ptx").open("w") as file:
+        file.write(ptx)
+    command = [get_ptxas(arch).path, "-v", "--fmad=false", "--regAllocOptLevel=2"]  # as Triton does
+    command += [f"--gpu-name=sm_{arch}{'a' if arch == 90 else ''}", file.name, "-o", os.devnull]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "name": kernel.__name__,
+        "constants": {kernel.params[place].name: value for (place,), value in constants.items()},
+        "dtypes": [kind for kind in signature.values() if kind.startswith("*")],
+        "registers": int(re.findall(r"Used (\d+) registers", log)[0]),
+        "spilled_bytes": int(re.findall(r"(\d+) bytes spill stores", log)[0]),
+        "shared_bytes": built.metadata.shared,
+        "instructions": {
+            "mma.sync": ptx.count("mma.sync"),
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "contracted": ptx.count("fma.rn.f64"),
+        },
+    }
+
+
+def _compile_all(arch: int) -> None:
+    """Print one line of JSON for each kernel that some launch asks for."""
+    from triton.runtime.jit import JITFunction
+
+    recorded: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {}
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        values = dict(zip(self.arg_names, args, strict=False))
+        values |= {name: value for name, value in kwargs.items() if name in self.arg_names}
+        options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
+        key = f"{self.__name__} {_specialised(self, values)} {options}"
+        recorded.setdefault(key, (self, values, options))
+
+    JITFunction.run = record
+    _launches(arch)
+    for kernel, values, options in recorded.values():
+        sys.stdout.write(json.dumps(_compile(arch, kernel, values, options)) + "\n")
+
+
+if __name__ == "__main__":
+    _compile_all(int(sys.argv[1]))
