@@ -127,6 +127,7 @@ def knn(
     distance 0, and for the cosine of a zero vector). Bit-identical for any thread count.
 
     Examples:
+        >>> import torch
         >>> knn(torch.zeros(1, 2), torch.eye(2)).indices
         tensor([[0]])
     """
@@ -203,6 +204,7 @@ def range_search(
     Memory: three times the result, plus a workspace of at most 256 MB.
 
     Examples:
+        >>> import torch
         >>> range_search(torch.zeros(1, 1), torch.tensor([[3.0], [1.0], [2.0]]), 2.0).indices
         tensor([1, 2])
     """

@@ -4,6 +4,7 @@ import itertools
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -187,14 +188,16 @@ def test_strides_do_not_change_the_answer() -> None:
     _assert_within_bound(found, a, b, 3.0)
 
 
-@pytest.mark.parametrize("sizes", [(1e30, 1e-30), (1e-34, 1e34), (1e17, 1e17), (1e-44, 1e-44)])
-def test_features_near_the_limits_of_float32_neither_overflow_nor_vanish(
-    sizes: tuple[float, float],
-) -> None:
-    a, b = torch.randn(30, 20) * sizes[0], torch.randn(50, 20) * sizes[1]
+@pytest.mark.parametrize(
+    "sizes",
+    [(1e30, 1e-30), (1e-34, 1e34), (1e17, 1e17), (1e-44, 1e-44), (1e90, 1e-90), (1e-99, 1e99)],
+)
+def test_features_of_extreme_size_neither_overflow_nor_vanish(sizes: tuple[float, float]) -> None:
+    dtype = torch.float32 if 1e-45 < sizes[0] < 1e38 else torch.float64
+    a, b = torch.randn(30, 20).to(dtype) * sizes[0], torch.randn(50, 20).to(dtype) * sizes[1]
     _assert_within_bound(_kernel(a, b), a, b, 1.0)
-    # Rows of ordinary size beside them, too.
-    a[::2], b[::2] = torch.randn(15, 20), torch.randn(25, 20) * sizes[1]
+    # Beside rows that are much shorter, too.
+    a[::2], b[::2] = a[::2] * 1e-9, b[::2] * 1e-9
     found = _kernel(a, b)
     _assert_within_bound(found, a, b, 1.0)
     assert torch.isfinite(torch.cat(found)).all()
@@ -235,15 +238,17 @@ def test_a_signal_stops_it(products: str) -> None:
     def interrupt(*_: object) -> None:
         raise TimeoutError
 
-    a = torch.randn(20_000, 1000)  # seconds of work
+    a = torch.randn(1, 1000).expand(100_000, 1000)  # hours of work, and seconds between barriers
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.15)
+    began = time.perf_counter()
     try:
         with pytest.raises(TimeoutError):
             _kernel(a, a, products=products)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
+    assert time.perf_counter() - began < 2.0
 
 
 GROWTH = """

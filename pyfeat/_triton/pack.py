@@ -322,7 +322,7 @@ def _pack_memory_kernel(
     # q.x = (q - mean).(x - mean) + mean.(x - mean) + q.mean, the last equal for all rows.
     term = -mean_product if METRIC == "inner_product" else 0.5 * squared
     if METRIC == "cosine":
-        # A zero row counts as orthogonal to every query: at squared distance 2, not 1.
+        # A zero row counts as a unit vector orthogonal to every query.
         term += tl.where(factor == 0, 0.5 * scaling * scaling, 0.0)
     bounded = (norm <= _LARGEST_NORM) & (tl.abs(term) <= _LARGEST_ROW_TERM)
     stored = tl.where(bounded, term, 0.0).to(tl.float32)
@@ -370,8 +370,6 @@ def _pack_queries_kernel(
         BLOCK_D,
     )
     bounded = norm <= _LARGEST_NORM
-    if METRIC == "cosine":
-        bounded = bounded & (factor > 0)  # a zero query is as far from every row
     noise = _float64_noise(norm + tl.load(shift), tl.cast(dim, tl.float64))
     slack = tl.where(bounded, noise * _SPARE + _TINY, 0.0)
     norm = tl.where(bounded, norm * _SPARE + _TINY, _INFINITY)

@@ -217,7 +217,6 @@ def _rank_marked_kernel(
     keys = tl.load(best_keys + kept, mask=place < k, other=-float("inf"))
     rows = tl.load(best_rows + kept, mask=place < k, other=-1)
     query_factor = tl.load(query_factors + query)
-
     for start in range(tl.program_id(1) * WORDS, num_words, tl.num_programs(1) * WORDS):
         word = start + tl.arange(0, WORDS)
         words = tl.load(marks + query * num_words + word, mask=word < num_words, other=0)
