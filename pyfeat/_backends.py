@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyfeat._triton import MAX_K
+
 Backend = Literal["cpu", "triton", "reference"]
 
 # op, features, k
 Obstacles = Callable[[str, Tensor, int], list[str]]
 
 _TRITON_OPS = ("knn",)
-_TRITON_LARGEST_K = 64
 _TRITON_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
 
@@ -31,8 +32,8 @@ def _triton_obstacles(op: str, features: Tensor, k: int) -> list[str]:
     obstacles = []
     if op not in _TRITON_OPS:
         obstacles.append(f"it has no {op}")
-    if k > _TRITON_LARGEST_K:
-        obstacles.append(f"k must be at most {_TRITON_LARGEST_K}, got {k}")
+    if k > MAX_K:
+        obstacles.append(f"k must be at most {MAX_K}, got {k}")
     if features.device.type != "cuda":
         obstacles.append(f"inputs are on {features.device}")
     else:

@@ -286,3 +286,15 @@ def test_torch_compiles_it_in_one_graph() -> None:
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(queries, memory), doubled(queries, memory))
+
+
+def test_what_stands_in_the_way_of_a_gpu_is_listed() -> None:
+    x = torch.randn(80, 2)
+    wanted = r"knn: backend 'triton' does not .*k must be at most 64, got 65; inputs are on cpu"
+    with pytest.raises(NotImplementedError, match=wanted):
+        pyfeat.knn(x, x, 65, backend="triton")
+    with pytest.raises(NotImplementedError, match=r"range_search: .*it has no range_search"):
+        pyfeat.range_search(x, x, 1.0, backend="triton")
+    report = pyfeat.info()["backends"]
+    assert isinstance(report, dict)
+    assert set(report) == {"cpu", "triton", "reference"}

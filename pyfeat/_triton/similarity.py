@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyfeat._checks import with_contiguous_rows
+from pyfeat._triton import MAX_K
 from pyfeat._triton.frame import Frame, choose_frame
 from pyfeat._triton.pack import PackedMemory, pack_memory, pack_queries, packed_width
 from pyfeat._triton.rank import MISSING, Candidates, rank_marked
@@ -34,7 +35,6 @@ from pyfeat._triton.shortlist import (
     mark_words,
 )
 
-MAX_K = 64
 # A block of rows this wide still fits the workspace.
 MAX_DIM = 1 << 17
 
