@@ -59,8 +59,8 @@ def greedy_coreset(
         start: First pick; None draws it from ``seed``.
         seed: For the first pick and the projection.
         projection: Pick in a random projection to so many dimensions (Gaussian, as of Johnson and
-            Lindenstrauss) where D is larger: faster, and no longer the farthest rows but nearly so.
-            PatchCore takes 128. Not together with ``radius``.
+            Lindenstrauss) where D is larger, as PatchCore does with 128. The picks are then only nearly
+            the farthest rows, and the time saved is little. Not together with ``radius``.
         progress: Show a progress bar with the remaining time (needs tqdm).
 
     Returns:

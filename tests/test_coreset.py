@@ -165,16 +165,16 @@ def test_most_rows_miss_most_picks() -> None:
 
 
 def test_rows_that_have_missed_thousands_of_picks_see_them_all() -> None:
-    first = torch.arange(9500)[:, None] / 16
-    second = (
-        first[:1500].flip(0)
-        + torch.tensor([0.0, 2.0**-7, 2.0**-8])[torch.arange(1500) % 3][:, None]
-    )
-    rows = torch.cat([second, first])
-    squared = torch.full((11_000,), INFINITY, dtype=torch.float64)
-    squared[:1500] = 2.0**-12  # less than any other has until all others are picked
-    picks, _ = reference.greedy_coreset(rows, size=11_000, squared_distances=squared)
-    assert torch.equal(Found(rows, [11_000], squared_distances=squared).picks, picks)
+    grid = torch.arange(20_000)[:, None] / 16
+    offsets = torch.tensor([0.0, 2.0**-7, 2.0**-8]).repeat(500)
+    rows = torch.cat([grid[:1500] + offsets[:, None], grid])
+    squared = torch.full((21_500,), INFINITY, dtype=torch.float64)
+    squared[:1500] = 2.0**-12  # dormant until nearly all of the grid is picked
+    found = Found(rows, [21_500], squared_distances=squared)
+    assert sorted(found.picks[:20_000].tolist()) == list(range(1500, 21_500))
+    assert torch.equal(found.picks[20_000:], offsets.sort(stable=True, descending=True).indices)
+    tail = offsets.double().square().sort(descending=True).values
+    assert torch.equal(found.squared_radii[19_999:-1], tail)
 
 
 def test_products_too_coarse_for_the_features_are_given_up() -> None:
@@ -311,13 +311,17 @@ def test_cover_without_anything_there_begins_with_the_first_row() -> None:
 
 
 def test_rows_beyond_the_reach_of_tiles_catch_up_too() -> None:
-    rows = make_rows("plain", 4000, 40)
-    rows[2000:3000, 0] += 1e13
-    squared = torch.full((4000,), 200.0, dtype=torch.float64)
-    squared[2000:3000] = 40.0  # dormant until 60 others are picked
-    picks, _ = reference.greedy_coreset(rows, size=400, squared_distances=squared)
-    found = Found(rows, [400], squared_distances=squared)
-    assert torch.equal(found.picks, picks)
+    far = torch.tensor([1e15, 0.0]) + torch.arange(300)[:, None] * torch.tensor([0.0, 2.0**-8])
+    grid = torch.arange(18_000)[:, None] / torch.tensor([16.0, INFINITY])
+    grid[1] = far[0]  # the second pick; what 8,192 picks are packed for is learnt from every other
+    rows = torch.cat([grid, far])
+    squared = torch.full((18_300,), 2.0**-9, dtype=torch.float64)  # nearer than the grid is wide
+    squared[18_000:] = 2.0**-12  # dormant until most of the grid is picked
+    found = Found(rows, [18_300], squared_distances=squared)
+    assert found.picks[:18_000].tolist() == list(range(18_000))
+    left = torch.minimum(squared[18_000:], (far - far[0]).double().square().sum(dim=1))
+    tail, _ = reference.greedy_coreset(far, size=300, squared_distances=left)
+    assert torch.equal(found.picks[18_000:], 18_000 + tail)
 
 
 @pytest.mark.parametrize(
