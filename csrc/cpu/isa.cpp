@@ -17,6 +17,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
+#if defined(PYFEAT_AMX)
+#include <sys/syscall.h>
+#endif
 #if defined(PYFEAT_ARM64) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -61,6 +64,18 @@ bool has_bit(std::uint32_t word, int bit) {
     return ((word >> bit) & 1U) != 0;
 }
 
+// Whether the system saves the registers of matrix units; Linux wants to be asked by each process.
+bool may_use_matrix_units([[maybe_unused]] std::uint64_t state) {
+#if defined(PYFEAT_AMX)
+    constexpr std::uint64_t kTileState = 0x60000;  // configuration and data
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return (state & kTileState) == kTileState &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
 std::vector<Isa> detect() {
     std::vector<Isa> isas{Isa::kScalar};
     const Registers basic = cpuid(1, 0);
@@ -92,6 +107,11 @@ std::vector<Isa> detect() {
             }
             if (vnni && bfloat16) {
                 isas.push_back(Isa::kAvx512Bf16);
+                const bool matrices = has_bit(extended.edx, 24), of_bfloat16 = has_bit(extended.edx, 22),
+                           of_bytes = has_bit(extended.edx, 25);
+                if (matrices && of_bfloat16 && of_bytes && may_use_matrix_units(state)) {
+                    isas.push_back(Isa::kAmx);
+                }
             }
         }
     }
@@ -124,6 +144,8 @@ std::vector<Isa> detect() {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::kAmx:
+            return "amx";
         case Isa::kAvx512Bf16:
             return "avx512_bf16";
         case Isa::kAvx512Vnni:

@@ -7,7 +7,8 @@
 
 namespace pyfeat {
 
-// kAvx512Bf16 has VNNI too: no processor multiplies bfloat16 but not bytes.
+// kAvx512Bf16 has VNNI too: no processor multiplies bfloat16 but not bytes. kAmx has all of these
+// beside its matrix units, which multiply both.
 enum class Isa {
     kScalar,
     kAvx2,
@@ -15,6 +16,7 @@ enum class Isa {
     kAvx512,
     kAvx512Vnni,
     kAvx512Bf16,
+    kAmx,
     kNeon,
     kNeonDot,
 };

@@ -6,6 +6,10 @@ namespace pyfeat {
 
 const Kernels& kernels_for(Isa isa) {
     switch (isa) {
+#if defined(PYFEAT_AMX)
+        case Isa::kAmx:
+            return amx::kernels;
+#endif
 #if defined(PYFEAT_X86)
         case Isa::kAvx512Bf16:
             return avx512_bf16::kernels;

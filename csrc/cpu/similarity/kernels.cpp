@@ -7,19 +7,29 @@
 #include "cpu/similarity/tile_bf16.hpp"
 #include "cpu/similarity/tile_float32.hpp"
 #include "cpu/similarity/tile_int8.hpp"
+#if defined(PYFEAT_ISA_AMX)
+#include "cpu/similarity/tile_matrix.hpp"
+#endif
 
 namespace pyfeat::PYFEAT_ISA_NAMESPACE {
 
 static_assert(kTileQueries <= kMaxTileQueries && kTileRows <= kMaxTileRows);
+#if defined(PYFEAT_ISA_AMX)
+static_assert(kMatrixQueries <= kMaxTileQueries && kMatrixRows <= kMaxTileRows);
+#endif
 
 const Kernels kernels{
     {row_kernels<Float32>(),
      row_kernels<Float64>(),
      row_kernels<Float16>(),
      row_kernels<Bfloat16>()},
+#if defined(PYFEAT_ISA_AMX)
+    {float32_tiles(), bf16_matrix_tiles(), int8_matrix_tiles()},
+#else
     {float32_tiles(), bf16_tiles(), int8_tiles()},
+#endif
     power_kernels(),
-#if defined(PYFEAT_ISA_AVX512_BF16)
+#if defined(PYFEAT_ISA_AVX512_BF16) || defined(PYFEAT_ISA_AMX)
     {Precision::kFloat32, Precision::kBfloat16, Precision::kInt8},
 #elif defined(PYFEAT_ISA_SCALAR) || defined(PYFEAT_ISA_NEON)
     // Without an instruction for sums of byte products, these take more of others than they save.

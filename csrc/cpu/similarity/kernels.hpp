@@ -13,7 +13,7 @@
 namespace pyfeat {
 
 // Largest tile of any instruction set.
-constexpr int kMaxTileQueries = 12;
+constexpr int kMaxTileQueries = 32;
 constexpr int kMaxTileRows = 32;
 constexpr int kMaxLanes = 16;  // of one register
 
@@ -65,12 +65,12 @@ struct Tile {
 // Terms of one float32 sum where a product is taken for its own sake.
 constexpr std::int64_t kSumBlock = 64;
 
-// The tile product in one precision. The seam for matrix units: a table of its own, with its own
-// tile shape and its own way of filling panels.
+// The tile product in one precision. Each has its own tile shape and its own way of filling panels.
 struct TileKernels {
     int queries;        // MR
     int rows;           // NR
     int packed_values;  // features that one 4-byte word holds: 1, 2 or 4
+    int step_words;     // the words of a row are filled up with zeros to a multiple of this
     int header_words;   // of a row panel, for each row
 
     // Roundings of one product of D features, relative to the norms of its factors: an error of
@@ -85,8 +85,8 @@ struct TileKernels {
         const double* values, std::int64_t dim, double largest, float* panel, int lane);
 
     // scores[r, c] = row_terms[c] - q_r . x_c, and bit c of marks[r] says that it is no more than
-    // thresholds[r] plus its error bound (false for NaN). Returns whether any bit is set; only then
-    // the scores are written.
+    // thresholds[r] plus its error bound (false for NaN). Returns whether any bit is set; the
+    // scores of a query without any are not written.
     bool (*score)(const Tile& tile, float* scores, std::uint32_t* marks);
 
     // products[r, c] = q_r . x_c of two packed panels, [MR, NR]; whole numbers if those are packed.
@@ -96,14 +96,41 @@ struct TileKernels {
                      const float* row_panel,
                      float* products);
 
+    // Of the thread that calls score or multiply, before and after; TileUse does it. Null where
+    // there is nothing to do.
+    void (*begin)();
+    void (*end)();
+
     // 4-byte words of the features of one row.
     std::int64_t words(std::int64_t dim) const {
-        return (dim + packed_values - 1) / packed_values;
+        const std::int64_t step = packed_values * step_words;
+        return (dim + step - 1) / step * step_words;
     }
     // 4-byte words of one row of a row panel.
     std::int64_t row_words(std::int64_t dim) const {
         return header_words + words(dim);
     }
+};
+
+// A thread multiplies tiles only while it holds one of these, and runs nobody else's code
+// meanwhile: matrix units are configured, and others may configure them in another way.
+class TileUse {
+  public:
+    explicit TileUse(const TileKernels& tiles) : end_(tiles.end) {
+        if (tiles.begin != nullptr) {
+            tiles.begin();
+        }
+    }
+    ~TileUse() {
+        if (end_ != nullptr) {
+            end_();
+        }
+    }
+    TileUse(const TileUse&) = delete;
+    TileUse& operator=(const TileUse&) = delete;
+
+  private:
+    void (*end_)();
 };
 
 // float64 sums over the features of rows of one dtype, over 16 interleaved partial sums and
@@ -185,6 +212,9 @@ namespace avx512_vnni {
 extern const Kernels kernels;
 }
 namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
 extern const Kernels kernels;
 }
 namespace neon {

@@ -91,6 +91,7 @@ class ProductTiles {
                 if (execution_.stop_requested()) {
                     return;
                 }
+                const TileUse use(tiles_);
                 for (std::int64_t j = first; j < end; ++j) {
                     alignas(64) float products[kMaxTileQueries * kMaxTileRows];
                     tiles_.multiply(a_.words, a_.panel(i), b_.panel(j), products);

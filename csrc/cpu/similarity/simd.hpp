@@ -12,7 +12,10 @@
 // 2^-126 may lose digits or be 0.
 #pragma once
 
-#if defined(PYFEAT_ISA_AVX512_BF16)
+#if defined(PYFEAT_ISA_AMX)
+#define PYFEAT_ISA_NAMESPACE amx
+#define PYFEAT_ISA_AVX512_VNNI
+#elif defined(PYFEAT_ISA_AVX512_BF16)
 #define PYFEAT_ISA_NAMESPACE avx512_bf16
 #define PYFEAT_ISA_AVX512_VNNI
 #elif defined(PYFEAT_ISA_AVX512_VNNI)

@@ -35,15 +35,20 @@ class Sweep {
           words_(tiles_.words(params.memory.dim)),
           ids_(std::move(ids)),
           queries_(pack_queries(params.queries, ids_, frame, engine, execution)) {
-        // Tasks are ranges of queries; when these are too few to feed the threads, each is cut
-        // into slices of the memory with a collector of their own.
-        constexpr std::int64_t kQueryPanelsPerTask = 20;
-        const std::int64_t wanted = 4LL * execution.num_threads();
-        panels_per_task_ =
-            std::clamp<std::int64_t>(queries_.num_panels / (4 * wanted), 1, kQueryPanelsPerTask);
+        // Tasks are groups of queries, large enough for the products with a block of memory to
+        // outweigh its way into the cache, and at most a few for each thread. Where there are too
+        // few groups to feed the threads, each is cut into slices of the memory with a collector of
+        // their own.
+        constexpr std::int64_t kLeastQueries = 256, kGroupsPerThread = 4;
+        const std::int64_t threads = execution.num_threads();
+        const std::int64_t least_panels = (kLeastQueries + tiles_.queries - 1) / tiles_.queries;
+        std::int64_t groups = std::clamp<std::int64_t>(
+            queries_.num_panels / least_panels, 1, kGroupsPerThread * threads);
+        groups = groups < threads ? groups : groups / threads * threads;
+        panels_per_task_ = std::max<std::int64_t>((queries_.num_panels + groups - 1) / groups, 1);
         num_groups_ = (queries_.num_panels + panels_per_task_ - 1) / panels_per_task_;
         const std::int64_t num_slices =
-            execution.num_threads() == 1 ? 1 : (wanted + num_groups_ - 1) / num_groups_;
+            groups >= threads ? 1 : (kGroupsPerThread * threads + groups - 1) / groups;
         for (std::int64_t s = 0; s < num_slices; ++s) {
             slices_.push_back(make_collector(ids_, queries_));
         }
@@ -95,6 +100,7 @@ class Sweep {
                 if (execution_.stop_requested()) {
                     return;
                 }
+                const TileUse use(tiles_);
                 for (std::int64_t mp = begin; mp < end; ++mp) {
                     search_tile(memory, qp, mp, collector);
                 }

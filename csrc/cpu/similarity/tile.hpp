@@ -27,10 +27,11 @@ namespace {
 
 // thresholds[r] plus the largest error of any row of the panel, rounded up: the factors outweigh
 // three roundings to float32 each. NaN, which nothing is below, for queries that are not there.
-inline void fill_limits(const pyfeat::Tile& tile, float* limits) {
+template <int kQueries>
+void fill_limits(const pyfeat::Tile& tile, float* limits) {
     constexpr float kSpare = 1.0F + 0x1p-20F, kUlps = 0x1p-22F;
     const pyfeat::ErrorBounds& bounds = tile.bounds;
-    for (int r = 0; r < kTileQueries; ++r) {
+    for (int r = 0; r < kQueries; ++r) {
         const float error = (tile.query_norms[r] * bounds.reach +
                              tile.query_residuals[r] * bounds.norm + bounds.slack) *
                             kSpare;
@@ -100,30 +101,58 @@ void multiply_in_blocks(std::int64_t words, const float* a, const float* b, floa
     }
 }
 
-template <typename Product>
-bool score_tile(const pyfeat::Tile& tile, float* scores, std::uint32_t* marks) {
-    multiply_panels<Product>(tile.words, tile.query_panel, tile.row_panel, scores);
-    alignas(64) float limits[kTileQueries];
-    fill_limits(tile, limits);
+// Turns the products of a tile into scores where there are marks; returns whether there are any.
+template <typename Product, int kQueries>
+bool score_products(const pyfeat::Tile& tile, float* scores, std::uint32_t* marks) {
+    alignas(64) float limits[kQueries];
+    fill_limits<kQueries>(tile, limits);
     Floats terms[kTileVectors], units[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) {
         terms[v] = load(tile.row_terms + v * kLanes);
         units[v] = load(tile.row_units + v * kLanes);
     }
     std::uint32_t any = 0;
-    for (int r = 0; r < kTileQueries; ++r) {
+    for (int r = 0; r < kQueries; ++r) {
         const Floats limit = broadcast(limits[r]), unit = broadcast(tile.query_units[r]);
+        float* row = scores + r * kTileRows;
+        Floats score[kTileVectors];
         std::uint32_t mark = 0;
         for (int v = 0; v < kTileVectors; ++v) {
-            float* at = scores + r * kTileRows + v * kLanes;
-            const Floats score = Product::score(at, terms[v], units[v], unit);
-            store(at, score);
-            mark |= less_or_equal(score, limit) << (v * kLanes);
+            score[v] = Product::score(row + v * kLanes, terms[v], units[v], unit);
+            mark |= less_or_equal(score[v], limit) << (v * kLanes);
         }
         marks[r] = mark;
         any |= mark;
+        for (int v = 0; mark != 0 && v < kTileVectors; ++v) {
+            store(row + v * kLanes, score[v]);
+        }
     }
     return any != 0;
+}
+
+template <typename Product>
+bool score_tile(const pyfeat::Tile& tile, float* scores, std::uint32_t* marks) {
+    multiply_panels<Product>(tile.words, tile.query_panel, tile.row_panel, scores);
+    return score_products<Product, kTileQueries>(tile, scores, marks);
+}
+
+// Where a panel keeps word `word` of its row `lane`: the words of all rows side by side, filled up
+// to a multiple of kStep.
+template <int kWidth, int kStepWords = 1>
+struct Columns {
+    static constexpr int kStep = kStepWords;
+
+    static std::int64_t at(std::int64_t word, int lane) {
+        return word * kWidth + lane;
+    }
+};
+
+// Zeros from the first word that holds no feature on.
+template <typename Layout>
+void fill_up(std::int64_t words, float* panel, int lane) {
+    for (std::int64_t word = words; word % Layout::kStep != 0; ++word) {
+        panel[Layout::at(word, lane)] = 0.0F;
+    }
 }
 
 // Calls block(first, count, values, rounded) for 16 features at a time, as float32, the last block

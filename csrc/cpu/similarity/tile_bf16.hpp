@@ -43,7 +43,7 @@ struct Bfloat16Product {
     }
 };
 
-template <int kWidth>
+template <typename Layout>
 pyfeat::RoundedRow pack_bf16(
     const double* exact, std::int64_t dim, double, float* panel, int lane) {
     const auto block = [=](std::int64_t first, std::int64_t count, float* values, double* rounded) {
@@ -59,10 +59,11 @@ pyfeat::RoundedRow pack_bf16(
         }
         for (std::int64_t i = 0; i < count; i += 2) {
             const std::uint32_t pair = (bits[i] >> 16) | bits[i + 1];
-            std::memcpy(panel + (first + i) / 2 * kWidth + lane, &pair, sizeof(pair));
+            std::memcpy(panel + Layout::at((first + i) / 2, lane), &pair, sizeof(pair));
         }
     };
     const double residual = round_in_blocks(exact, dim, block);
+    fill_up<Layout>((dim + 1) / 2, panel, lane);
     return {residual, 1.0F};
 }
 
@@ -70,14 +71,17 @@ constexpr pyfeat::TileKernels bf16_tiles() {
     return {kTileQueries,
             kTileRows,
             2,
+            1,
             Bfloat16Product::kHeaderWords,
             1,
             0,
             std::int64_t{1} << 20,
-            pack_bf16<kTileRows>,
-            pack_bf16<kTileQueries>,
+            pack_bf16<Columns<kTileRows>>,
+            pack_bf16<Columns<kTileQueries>>,
             score_tile<Bfloat16Product>,
-            multiply_panels<Bfloat16Product>};
+            multiply_panels<Bfloat16Product>,
+            nullptr,
+            nullptr};
 }
 
 }  // namespace

@@ -50,6 +50,7 @@ constexpr pyfeat::TileKernels float32_tiles() {
     return {kTileQueries,
             kTileRows,
             1,
+            1,
             Float32Product::kHeaderWords,
             1,
             0,
@@ -57,7 +58,9 @@ constexpr pyfeat::TileKernels float32_tiles() {
             pack_float32<kTileRows>,
             pack_float32<kTileQueries>,
             score_tile<Float32Product>,
-            multiply_in_blocks<Float32Product>};
+            multiply_in_blocks<Float32Product>,
+            nullptr,
+            nullptr};
 }
 
 }  // namespace

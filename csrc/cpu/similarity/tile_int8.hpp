@@ -41,7 +41,7 @@ struct Int8Product {
 };
 
 // Bytes are whole numbers in [-kLevels, kLevels] plus kOffset.
-template <int kWidth, int kLevels, int kOffset, int kHeaderWords>
+template <typename Layout, int kLevels, int kOffset, int kHeaderWords>
 pyfeat::RoundedRow pack_int8(
     const double* exact, std::int64_t dim, double largest, float* panel, int lane) {
     const float unit = static_cast<float>(largest / kLevels);
@@ -49,7 +49,6 @@ pyfeat::RoundedRow pack_int8(
     const bool zeros = !(unit >= 0x1p-126F);
     const float inverse = zeros ? 0.0F : 1.0F / unit;
     std::int32_t sum = 0;
-    float* words = panel + kHeaderWords * kWidth + lane;
     const auto block = [&](std::int64_t first, std::int64_t count, float* values, double* rounded) {
         std::uint8_t bytes[kSums];
         for (int i = 0; i < kSums; ++i) {
@@ -63,10 +62,11 @@ pyfeat::RoundedRow pack_int8(
             rounded[i] = static_cast<double>(whole) * static_cast<double>(unit);
         }
         for (std::int64_t i = 0; i < count; i += 4) {
-            std::memcpy(words + (first + i) / 4 * kWidth, bytes + i, 4);
+            std::memcpy(panel + Layout::at(kHeaderWords + (first + i) / 4, lane), bytes + i, 4);
         }
     };
     const double residual = round_in_blocks(exact, dim, block);
+    fill_up<Layout>((dim + 3) / 4, panel, lane);
     if (kHeaderWords > 0) {
         const std::int32_t start = -kQueryOffset * sum;
         std::memcpy(panel + lane, &start, sizeof(start));
@@ -78,14 +78,17 @@ constexpr pyfeat::TileKernels int8_tiles() {
     return {kTileQueries,
             kTileRows,
             4,
+            1,
             Int8Product::kHeaderWords,
             0,
             4,
             std::int64_t{1} << 15,  // 2^15 * 256 * 127 < 2^31
-            pack_int8<kTileRows, kRowLevels, 0, Int8Product::kHeaderWords>,
-            pack_int8<kTileQueries, kQueryLevels, kQueryOffset, 0>,
+            pack_int8<Columns<kTileRows>, kRowLevels, 0, Int8Product::kHeaderWords>,
+            pack_int8<Columns<kTileQueries>, kQueryLevels, kQueryOffset, 0>,
             score_tile<Int8Product>,
-            multiply_panels<Int8Product>};
+            multiply_panels<Int8Product>,
+            nullptr,
+            nullptr};
 }
 
 }  // namespace
