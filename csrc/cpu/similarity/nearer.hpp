@@ -63,10 +63,10 @@ class NearerPicks {
         thresholds_[s] = limits_.at(queries_.terms[s], squared_distance);
     }
 
-    void offer(std::int64_t slot, float lower, std::int64_t pick) {
+    void offer(std::int64_t slot, const ScoreRange& score, std::int64_t pick) {
         const std::size_t s = to_size(slot);
-        if (lower <= thresholds_[s]) {
-            waiting_[s * kCapacity + num_waiting_[s]] = {lower, static_cast<std::int32_t>(pick)};
+        if (score.lower <= thresholds_[s]) {
+            waiting_[s * kCapacity + num_waiting_[s]] = {score.lower, static_cast<std::int32_t>(pick)};
             if (++num_waiting_[s] == kCapacity) {
                 settle(slot);
             }

@@ -135,6 +135,11 @@ PackedQueries pack_queries(const Rows& queries,
                            const Engine& engine,
                            Execution& execution);
 
+// Between which a score lies.
+struct ScoreRange {
+    float lower, upper;
+};
+
 // float32 at or above / at or below a float64 value: the nearest float is off by at most 2^-24 of
 // the value, or 2^-150 where it underflows.
 inline float round_up(double value) {

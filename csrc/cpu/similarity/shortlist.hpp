@@ -14,9 +14,9 @@
 
 namespace pyfeat {
 
-// Rows whose lowest possible score is no more than that of the k-th nearest so far wait in a list;
-// when it is full, their distances are taken, the most behind first, until the next one's lowest
-// score is beyond the k-th nearest. Collector of a Sweep.
+// Rows whose lowest possible score is no more than the k-th of the highest possible ones so far wait
+// in a list; when it is full, their distances are taken, the lowest first, until the next one's
+// lowest score is beyond the k-th nearest. Collector of a Sweep.
 class Shortlists {
   public:
     // A query that has taken more than `patience` distances gives up: its bounds are too coarse.
@@ -39,6 +39,8 @@ class Shortlists {
           num_waiting_(queries.beyond.size(), 0),
           num_ranked_(queries.beyond.size(), 0),
           num_taken_(queries.beyond.size(), 0),
+          num_uppers_(queries.beyond.size(), 0),
+          uppers_(queries.beyond.size() * to_size(k)),
           waiting_(queries.beyond.size() * to_size(capacity_)),
           nearest_(queries.beyond.size() * to_size(k)) {
         for (std::size_t slot = 0; slot < queries.beyond.size(); ++slot) {
@@ -52,7 +54,7 @@ class Shortlists {
         return 128 + 4 * k;
     }
     static std::int64_t bytes_per_query(std::int64_t k) {
-        return 16 * k + 16 * capacity_for(k) + 20;
+        return 20 * k + 16 * capacity_for(k) + 24;
     }
 
     const float* thresholds() const {
@@ -65,13 +67,14 @@ class Shortlists {
         return num_taken_[to_size(slot)];
     }
 
-    void offer(std::int64_t slot, float lower, std::int64_t row) {
+    void offer(std::int64_t slot, const ScoreRange& score, std::int64_t row) {
         const std::size_t s = to_size(slot);
         std::int32_t& count = num_waiting_[s];
-        if (lower > thresholds_[s] || count < 0) {
+        if (score.lower > thresholds_[s] || count < 0) {
             return;
         }
-        waiting_[to_size(slot * capacity_ + count)] = {lower, row};
+        waiting_[to_size(slot * capacity_ + count)] = {score.lower, row};
+        take_upper(slot, score.upper);
         if (++count == capacity_) {
             ExactDistances exact(params_, kernels_);
             settle(slot, exact);
@@ -148,6 +151,28 @@ class Shortlists {
         return static_cast<std::size_t>(value);
     }
 
+    // k rows have scores of at most the largest of the k least upper bounds.
+    void take_upper(std::int64_t slot, float upper) {
+        const std::size_t s = to_size(slot);
+        if (!(upper < thresholds_[s])) {
+            return;  // it lowers nothing: the threshold is no more than the k-th of them
+        }
+        float* uppers = &uppers_[to_size(slot * k_)];
+        std::int32_t& held = num_uppers_[s];
+        if (held < k_) {
+            uppers[held++] = upper;
+            std::push_heap(uppers, uppers + held);
+        } else if (upper < uppers[0]) {
+            std::pop_heap(uppers, uppers + held);
+            uppers[held - 1] = upper;
+            std::push_heap(uppers, uppers + held);
+        }
+        if (held == k_) {
+            const float limit = limits_.beside(queries_.terms[s], uppers[0]);
+            thresholds_[s] = std::min(thresholds_[s], limit);
+        }
+    }
+
     // Nothing more is marked for this query.
     void give_up(std::size_t slot) {
         num_waiting_[slot] = -1;
@@ -163,6 +188,8 @@ class Shortlists {
     std::vector<float> thresholds_;  // [slots]
     std::vector<std::int32_t> num_waiting_, num_ranked_;
     std::vector<std::int64_t> num_taken_;
+    std::vector<std::int32_t> num_uppers_;
+    std::vector<float> uppers_;      // [slots, k], a max-heap each
     std::vector<Waiting> waiting_;  // [slots, capacity]
     std::vector<Ranked> nearest_;   // [slots, k], a max-heap each
 };

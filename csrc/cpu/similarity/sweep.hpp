@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Some of the queries against a memory, tile by tile. What is done with a tile before it is dropped
 // is up to the Collector:
-//   const float* thresholds() const   [slots] upper bounds of the scores it still wants
-//   void offer(slot, lower, row)      a row whose score may be as low as `lower`
+//   const float* thresholds() const         [slots] upper bounds of the scores it still wants
+//   void offer(slot, {lower, upper}, row)   a row whose score lies between these
 #pragma once
 
 #include <algorithm>
@@ -164,7 +164,7 @@ class Sweep {
         const double error = static_cast<double>(queries_.norms[s]) * bounds.reach +
                              static_cast<double>(queries_.residuals[s]) * bounds.norm +
                              bounds.slack;
-        collector.offer(slot, round_down(score - error), row);
+        collector.offer(slot, {round_down(score - error), round_up(score + error)}, row);
     }
 
     Mask mask_;

@@ -24,9 +24,9 @@ class Candidates {
     const float* thresholds() const {
         return thresholds_.data();
     }
-    void offer(std::int64_t slot, float lower, std::int64_t row) {
+    void offer(std::int64_t slot, const ScoreRange& score, std::int64_t row) {
         const auto s = static_cast<std::size_t>(slot);
-        if (lower <= thresholds_[s]) {
+        if (score.lower <= thresholds_[s]) {
             rows_[s].push_back(row);
         }
     }
