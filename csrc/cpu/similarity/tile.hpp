@@ -2,6 +2,8 @@
 // What is common to the tiles of every precision.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/similarity/distances.hpp"
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/simd.hpp"
@@ -16,10 +18,13 @@
 #endif
 
 #if defined(__GNUC__)
+#define PYFEAT_INLINE __attribute__((always_inline))
 #define PYFEAT_NOINLINE __attribute__((noinline))
 #elif defined(_MSC_VER)
+#define PYFEAT_INLINE
 #define PYFEAT_NOINLINE __declspec(noinline)
 #else
+#define PYFEAT_INLINE
 #define PYFEAT_NOINLINE
 #endif
 
@@ -161,13 +166,10 @@ void fill_up(std::int64_t words, float* panel, int lane) {
 template <typename Block>
 inline double round_in_blocks(const double* exact, std::int64_t dim, Block block) {
     PartialSums residual;
-    for (std::int64_t first = 0; first < dim; first += kSums) {
-        const std::int64_t count = dim - first < kSums ? dim - first : kSums;
-        double wanted[kSums] = {}, rounded[kSums];
+    // Inlined twice: a whole block has a known number of stores.
+    const auto take = [&](std::int64_t first, auto count, const double* wanted) PYFEAT_INLINE {
         float values[kSums];
-        for (std::int64_t i = 0; i < count; ++i) {
-            wanted[i] = exact[first + i];
-        }
+        double rounded[kSums];
         for (int i = 0; i < kSums; ++i) {
             values[i] = static_cast<float>(wanted[i]);
         }
@@ -176,6 +178,17 @@ inline double round_in_blocks(const double* exact, std::int64_t dim, Block block
             const double lost = wanted[i] - rounded[i];
             residual.at[i] += lost * lost;
         }
+    };
+    const std::int64_t whole = dim - dim % kSums;
+    for (std::int64_t first = 0; first < whole; first += kSums) {
+        take(first, std::integral_constant<std::int64_t, kSums>(), exact + first);
+    }
+    if (whole < dim) {
+        double wanted[kSums] = {};
+        for (std::int64_t d = whole; d < dim; ++d) {
+            wanted[d - whole] = exact[d];
+        }
+        take(whole, dim - whole, wanted);
     }
     return residual.total();
 }

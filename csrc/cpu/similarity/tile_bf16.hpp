@@ -46,7 +46,8 @@ struct Bfloat16Product {
 template <typename Layout>
 pyfeat::RoundedRow pack_bf16(
     const double* exact, std::int64_t dim, double, float* panel, int lane) {
-    const auto block = [=](std::int64_t first, std::int64_t count, float* values, double* rounded) {
+    const auto block = [=](std::int64_t first, auto count, float* values, double* rounded)
+        PYFEAT_INLINE {
         std::uint32_t bits[kSums];
         std::memcpy(bits, values, sizeof(bits));
         for (std::uint32_t& word : bits) {

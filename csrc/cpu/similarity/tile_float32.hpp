@@ -34,7 +34,8 @@ struct Float32Product {
 template <int kWidth>
 pyfeat::RoundedRow pack_float32(
     const double* exact, std::int64_t dim, double, float* panel, int lane) {
-    const auto block = [=](std::int64_t first, std::int64_t count, float* values, double* rounded) {
+    const auto block = [=](std::int64_t first, auto count, float* values, double* rounded)
+        PYFEAT_INLINE {
         for (int i = 0; i < kSums; ++i) {
             rounded[i] = static_cast<double>(values[i]);
         }

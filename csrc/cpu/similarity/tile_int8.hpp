@@ -48,18 +48,27 @@ pyfeat::RoundedRow pack_int8(
     // Below the smallest normal number a unit loses digits: such a row is packed as zeros.
     const bool zeros = !(unit >= 0x1p-126F);
     const float inverse = zeros ? 0.0F : 1.0F / unit;
-    std::int32_t sum = 0;
-    const auto block = [&](std::int64_t first, std::int64_t count, float* values, double* rounded) {
+    constexpr std::uint32_t kBitsOfRound = 0x4B400000;
+    std::uint32_t sums[kSums] = {};
+    const auto block = [&](std::int64_t first, auto count, float* values, double* rounded)
+        PYFEAT_INLINE {
+        // Adding 1.5 * 2^23 leaves a whole number in the lowest bits. It is at most kLevels, as no
+        // value is larger than `largest` and the roundings here are far from half a unit.
+        constexpr float kRound = 12582912.0F;
+        std::uint32_t bits[kSums];
         std::uint8_t bytes[kSums];
         for (int i = 0; i < kSums; ++i) {
-            // Adding and taking away 1.5 * 2^23 rounds to a whole number.
-            constexpr float kRound = 12582912.0F;
-            float whole = values[i] * inverse + kRound - kRound;
-            whole = whole < -kLevels ? -kLevels : (whole > kLevels ? kLevels : whole);
-            const int number = static_cast<int>(whole);
-            sum += number;
-            bytes[i] = static_cast<std::uint8_t>(number + kOffset);
-            rounded[i] = static_cast<double>(whole) * static_cast<double>(unit);
+            values[i] = values[i] * inverse + kRound;
+        }
+        std::memcpy(bits, values, sizeof(bits));
+        for (int i = 0; i < kSums; ++i) {
+            rounded[i] = static_cast<double>(values[i] - kRound) * static_cast<double>(unit);
+        }
+        for (int i = 0; i < kSums; ++i) {
+            bytes[i] = static_cast<std::uint8_t>(bits[i] + kOffset);
+        }
+        for (int i = 0; i < kSums; ++i) {
+            sums[i] += bits[i] - kBitsOfRound;
         }
         for (std::int64_t i = 0; i < count; i += 4) {
             std::memcpy(panel + Layout::at(kHeaderWords + (first + i) / 4, lane), bytes + i, 4);
@@ -68,7 +77,10 @@ pyfeat::RoundedRow pack_int8(
     const double residual = round_in_blocks(exact, dim, block);
     fill_up<Layout>((dim + 3) / 4, panel, lane);
     if (kHeaderWords > 0) {
-        const std::int32_t start = -kQueryOffset * sum;
+        std::uint32_t start = 0;  // modulo 2^32, as two's complement
+        for (const std::uint32_t sum : sums) {
+            start -= kQueryOffset * sum;
+        }
         std::memcpy(panel + lane, &start, sizeof(start));
     }
     return {residual, unit};
