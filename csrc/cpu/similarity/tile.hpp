@@ -28,7 +28,16 @@
 #define PYFEAT_NOINLINE
 #endif
 
+#if defined(__GNUC__)
+#define PYFEAT_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PYFEAT_PREFETCH(address) static_cast<void>(address)
+#endif
+
 namespace {
+
+// Rows come from the second-level cache, and are there in time if they are asked for this early.
+constexpr std::int64_t kWordsAhead = 16;
 
 // thresholds[r] plus the largest error of any row of the panel, rounded up: the factors outweigh
 // three roundings to float32 each. NaN, which nothing is below, for queries that are not there.
@@ -65,6 +74,9 @@ PYFEAT_NOINLINE void multiply_panels(std::int64_t words,
     b += Product::kHeaderWords * kTileRows;
     for (std::int64_t w = 0; w < words; ++w) {
         typename Product::Words rows[kTileVectors];
+        for (int at = 0; at < kTileRows; at += 16) {
+            PYFEAT_PREFETCH(b + kWordsAhead * kTileRows + at);
+        }
         PYFEAT_UNROLL
         for (int v = 0; v < kTileVectors; ++v) {
             rows[v] = Product::load_rows(b + v * kLanes);
