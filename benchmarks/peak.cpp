@@ -16,6 +16,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__AMX_TILE__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -99,6 +103,42 @@ struct Float32 {
 };
 #endif
 
+// Two tiles of each factor and four of sums, as many as a product of matrices can keep busy.
+#if defined(__AMX_TILE__) && defined(__linux__)
+#define PYFEAT_MATRIX_UNITS
+struct alignas(64) MatrixConfiguration {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+bool have_matrix_units() {
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // asks for their registers
+}
+
+struct Bf16Matrices {
+    static constexpr const char* name = "bf16 tdpbf16ps, 16 x 16 x 32";
+    static constexpr int operations = 2 * 16 * 16 * 32;
+    static void step() {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+};
+
+struct Int8Matrices {
+    static constexpr const char* name = "int8 tdpbssd, 16 x 16 x 64";
+    static constexpr int operations = 2 * 16 * 16 * 64;
+    static void step() {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+    }
+};
+#endif
+
 #if defined(__AVX512BF16__)
 #define PYFEAT_BF16
 struct Bf16 {
@@ -178,13 +218,13 @@ void run_chains(std::int64_t steps) {
     }
 }
 
-// Doubles the steps until a repetition takes `seconds`, then keeps the fastest of five.
-template <typename Engine>
-void report_rate(int num_threads, double seconds) {
-    std::int64_t steps = 1 << 16;
-    const auto repeat = [&] {
-        return run_threads(num_threads, [&](int) { run_chains<Engine>(steps); });
-    };
+// Doubles the steps until a repetition of run(steps) takes `seconds`, then keeps the fastest of
+// five.
+template <typename Run>
+void report_rate(
+    int num_threads, double seconds, const char* name, double operations, const Run& run) {
+    std::int64_t steps = 1 << 12;
+    const auto repeat = [&] { return run_threads(num_threads, [&](int) { run(steps); }); };
     while (repeat() < seconds) {
         steps *= 2;
     }
@@ -192,8 +232,30 @@ void report_rate(int num_threads, double seconds) {
     for (int repetition = 1; repetition < kRepetitions; ++repetition) {
         fastest = std::min(fastest, repeat());
     }
-    const double done = static_cast<double>(steps) * kChains * Engine::operations * num_threads;
-    std::printf("%.6g %s\n", done / fastest * 1e-9, Engine::name);
+    const double done = static_cast<double>(steps) * operations * num_threads;
+    std::printf("%.6g %s\n", done / fastest * 1e-9, name);
+}
+
+template <typename Engine>
+void report_chains(int num_threads, double seconds) {
+    report_rate(
+        num_threads, seconds, Engine::name, kChains * Engine::operations, run_chains<Engine>);
+}
+#endif
+
+#ifdef PYFEAT_MATRIX_UNITS
+template <typename Engine>
+void report_matrices(int num_threads, double seconds) {
+    constexpr int kProducts = 4;  // of one step
+    report_rate(
+        num_threads, seconds, Engine::name, kProducts * Engine::operations, [](std::int64_t steps) {
+            static constexpr MatrixConfiguration configuration;
+            _tile_loadconfig(&configuration);
+            for (std::int64_t step = 0; step < steps; ++step) {
+                Engine::step();
+            }
+            _tile_release();
+        });
 }
 #endif
 
@@ -231,14 +293,22 @@ int main(int argc, char** argv) {
     [[maybe_unused]] const double seconds = std::atof(argv[2]);
     const auto megabytes = static_cast<std::size_t>(std::max(1, std::atoi(argv[3])));
 #ifdef PYFEAT_FLOAT32
-    report_rate<Float32>(num_threads, seconds);
+    report_chains<Float32>(num_threads, seconds);
 #endif
+#ifdef PYFEAT_MATRIX_UNITS
+    if (have_matrix_units()) {
+        report_matrices<Bf16Matrices>(num_threads, seconds);
+        report_matrices<Int8Matrices>(num_threads, seconds);
+    } else
+#endif
+    {
 #ifdef PYFEAT_BF16
-    report_rate<Bf16>(num_threads, seconds);
+        report_chains<Bf16>(num_threads, seconds);
 #endif
 #ifdef PYFEAT_INT8
-    report_rate<Int8>(num_threads, seconds);
+        report_chains<Int8>(num_threads, seconds);
 #endif
+    }
     report_read_bandwidth(num_threads, megabytes << 20);
     return 0;
 }

@@ -305,8 +305,9 @@ def test_a_precision_is_given_up_when_too_many_queries_are_undecided(
 def test_a_precision_outlives_new_rows_but_not_a_removal() -> None:
     queries, rows = told_apart_by("float32")
     bank = MemoryBank(rows)
-    while chosen(bank) != "float32":
-        bank.search(queries)
+    for _ in _C.precisions():
+        if chosen(bank) != "float32":
+            bank.search(queries)
     bank.add(torch.randn(1, 32))
     bank.features[3] = 0.0
     assert chosen(bank) == "float32"

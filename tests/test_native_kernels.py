@@ -42,12 +42,28 @@ def test_byte_products_of_narrow_registers_are_right_in_their_wide_encoding(
 def test_kernels_of_this_machine_are_right_on_their_own(isa: str, tmp_path: Path) -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs an x86 processor")
+    run([str(build("c++", isa, x86_flags(isa), tmp_path))])
+
+
+@pytest.mark.slow
+def test_matrix_units_add_up_as_their_manual_says(tmp_path: Path) -> None:
+    if "avx512_bf16" not in _C.isas():
+        pytest.skip("this processor has no AVX-512 BF16")
+    emulation = ["-DPYFEAT_EMULATED_AMX", f"-I{SOURCES[0].parent}"]
+    emulated = run([str(build("c++", "amx", [*x86_flags("amx"), *emulation], tmp_path))])
+    if "amx" in _C.isas():
+        assert run([str(build("c++", "amx", x86_flags("amx"), tmp_path))]) == emulated
+
+
+def x86_flags(isa: str) -> list[str]:
     wide = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
     flags = ["-mavx2", "-mfma", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    flags += wide if isa.startswith("avx512") else []
-    flags += ["-mavx512vnni"] if isa in ("avx512_vnni", "avx512_bf16") else []
-    flags += ["-mavx512bf16"] if isa == "avx512_bf16" else []
-    run([str(build("c++", isa, flags, tmp_path))])
+    flags += wide if isa.startswith("avx512") or isa == "amx" else []
+    flags += ["-mavxvnni"] if isa == "avx2_vnni" else []
+    flags += ["-mavx512vnni"] if isa in ("avx512_vnni", "avx512_bf16", "amx") else []
+    flags += ["-mavx512bf16"] if isa in ("avx512_bf16", "amx") else []
+    flags += ["-mamx-tile", "-mamx-int8", "-mamx-bf16"] if isa == "amx" else []
+    return flags
 
 
 def build(compiler: str, isa: str, flags: list[str], folder: Path) -> Path:
@@ -67,7 +83,8 @@ def build(compiler: str, isa: str, flags: list[str], folder: Path) -> Path:
     return program
 
 
-def run(command: list[str]) -> None:
-    """Fail with what the command printed."""
+def run(command: list[str]) -> str:
+    """What the command printed; fails with that."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -107,7 +107,8 @@ std::vector<Isa> detect() {
             }
             if (vnni && bfloat16) {
                 isas.push_back(Isa::kAvx512Bf16);
-                const bool matrices = has_bit(extended.edx, 24), of_bfloat16 = has_bit(extended.edx, 22),
+                const bool matrices = has_bit(extended.edx, 24),
+                           of_bfloat16 = has_bit(extended.edx, 22),
                            of_bytes = has_bit(extended.edx, 25);
                 if (matrices && of_bfloat16 && of_bytes && may_use_matrix_units(state)) {
                     isas.push_back(Isa::kAmx);

@@ -10,6 +10,11 @@
 #include <random>
 #include <vector>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/similarity/kernels.hpp"
 
 namespace {
@@ -19,10 +24,22 @@ using namespace pyfeat;
 const Kernels& checked = PYFEAT_CHECKED::kernels;
 int num_wrong = 0;
 
-// Floats on a 64-byte boundary.
+// Of the bits of all products: kernels that add up in the same order have the same.
+std::uint64_t fingerprint = 14695981039346656037U;
+
+void add_to_fingerprint(const float* products, int count) {
+    for (int i = 0; i < count; ++i) {
+        std::uint32_t bits;
+        std::memcpy(&bits, products + i, sizeof(bits));
+        fingerprint = (fingerprint ^ bits) * 1099511628211U;
+    }
+}
+
+// Floats on a 64-byte boundary, NaN where nothing is written.
 class AlignedFloats {
   public:
-    explicit AlignedFloats(std::int64_t count) : room_(static_cast<std::size_t>(count) + 16) {
+    explicit AlignedFloats(std::int64_t count)
+        : room_(static_cast<std::size_t>(count) + 16, std::numeric_limits<float>::quiet_NaN()) {
         const auto address = reinterpret_cast<std::uintptr_t>(room_.data());
         data_ = room_.data() + (64 - address % 64) % 64 / 4;
     }
@@ -139,32 +156,56 @@ void check_tiles(const TileKernels& tiles, int precision, std::int64_t dim, std:
         thresholds[r] =
             r == 0 ? -std::numeric_limits<float>::infinity() : static_cast<float>(normal(random));
     }
+    // Rows of scores without a mark are not written.
     alignas(64) float scores[kMaxTileQueries * kMaxTileRows];
-    std::uint32_t marks[kMaxTileQueries];
-    const Tile tile{tiles.words(dim),
-                    query_panel.data(),
-                    row_panel.data(),
-                    terms.data(),
-                    units.data(),
-                    query_units.data(),
-                    norms.data(),
-                    errors.data(),
-                    thresholds.data(),
-                    {0.0F, 0.0F, 0.125F}};
-    tiles.score(tile, scores, marks);
+    alignas(64) float products[kMaxTileQueries * kMaxTileRows];
+    std::uint32_t marks[kMaxTileQueries], all_marks[kMaxTileQueries];
+    Tile tile{tiles.words(dim),
+              query_panel.data(),
+              row_panel.data(),
+              terms.data(),
+              units.data(),
+              query_units.data(),
+              norms.data(),
+              errors.data(),
+              thresholds.data(),
+              {0.0F, 0.0F, 0.125F}};
+    const std::vector<float> open(num_queries, std::numeric_limits<float>::infinity());
+    {
+        const TileUse use(tiles);
+        tiles.multiply(tiles.words(dim), query_panel.data(), row_panel.data(), products);
+        add_to_fingerprint(products, tiles.queries * tiles.rows);
+        const bool any = tiles.score(tile, scores, marks);
+        expect(any == std::any_of(marks, marks + num_queries, [](auto mark) { return mark != 0; }),
+               "whether there are marks",
+               precision,
+               dim);
+        tile.thresholds = open.data();
+        tiles.score(tile, scores, all_marks);
+    }
     const double n = tiles.roundings_per_feature * static_cast<double>(dim) + tiles.roundings + 2;
     for (std::size_t r = 0; r < num_queries; ++r) {
         for (std::size_t c = 0; c < num_rows; ++c) {
             const float score = scores[r * num_rows + c];
-            double exact = terms.data()[c];
+            double exact_product = 0.0;
             for (std::size_t d = 0; d < size; ++d) {
-                exact -= queries[r][d] * rows[c][d];
+                exact_product += queries[r][d] * rows[c][d];
             }
+            const double exact = terms.data()[c] - exact_product;
             const double q = norm_of(queries[r]) + query_residuals[r];
             const double x = norm_of(rows[c]) + row_residuals[c];
-            const double bound = query_residuals[r] * x + q * row_residuals[c] +
-                                 1e-7 * n * (q * x + std::abs(terms.data()[c]) + 1e-30);
+            const double product_bound =
+                query_residuals[r] * x + q * row_residuals[c] + 1e-7 * n * (q * x + 1e-30);
+            const double bound = product_bound + 1e-7 * n * std::abs(terms.data()[c]);
             const bool last = c == num_rows - 1;
+            const bool whole_numbers = tiles.roundings_per_feature == 0;
+            std::int32_t number;
+            std::memcpy(&number, &products[r * num_rows + c], sizeof(number));
+            const double product =
+                whole_numbers ? static_cast<double>(number) * query_units[r] * units.data()[c]
+                              : products[r * num_rows + c];
+            expect(std::abs(product - exact_product) <= product_bound, "product", precision, dim);
+            expect(((all_marks[r] >> c) & 1U) == (last ? 0U : 1U), "open mark", precision, dim);
             expect(last ? std::isnan(score) : std::abs(score - exact) <= bound,
                    "score",
                    precision,
@@ -207,6 +248,7 @@ void check_largest_bytes() {
                     zeros,
                     zeros,
                     {}};
+    const TileUse use(tiles);
     tiles.score(tile, scores, marks);
     for (int i = 0; i < tiles.queries * tiles.rows; ++i) {
         expect(std::abs(scores[i] + 4096.0F) < 0.01F, "sum of the largest bytes", 2, dim);
@@ -216,6 +258,9 @@ void check_largest_bytes() {
 }  // namespace
 
 int main() {
+#if defined(__linux__) && defined(__x86_64__)
+    syscall(SYS_arch_prctl, 0x1023, 18);  // asks for the registers of matrix units
+#endif
     std::mt19937 random(1);
     for (const std::int64_t dim : {0, 1, 3, 4, 5, 16, 31, 64, 333, 2048}) {
         check_sums(dim, random);
@@ -226,6 +271,6 @@ int main() {
         }
     }
     check_largest_bytes();
-    std::printf("%d wrong\n", num_wrong);
+    std::printf("fingerprint %llx, %d wrong\n", (unsigned long long)fingerprint, num_wrong);
     return num_wrong == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

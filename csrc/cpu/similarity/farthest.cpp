@@ -329,15 +329,15 @@ void FarthestSearch::see_in_tiles(const RowList& rows,
     const ScoreLimits limits(packed.frame, rows_.dim);
     std::vector<std::int64_t> slots(rows.size());
     std::iota(slots.begin(), slots.end(), 0);
-    Sweep<NearerPicks> sweep(params,
-                             Engine{&kernels_, packed.precision, kBoundScale},
-                             execution,
-                             packed.frame,
-                             std::move(slots),
-                             [&](const std::vector<std::int64_t>&, const PackedQueries& queries) {
-                                 return NearerPicks(
-                                     params.queries, picks, row_kernels_, limits, queries);
-                             });
+    Sweep<NearerPicks> sweep(
+        params,
+        Engine{&kernels_, packed.precision, kBoundScale},
+        execution,
+        packed.frame,
+        std::move(slots),
+        [&](const std::vector<std::int64_t>&, const PackedQueries& queries, std::int64_t) {
+            return NearerPicks(params.queries, picks, row_kernels_, limits, queries);
+        });
     const auto for_slots = [&](auto use) {
         for_ranges(size_of(rows), 64, execution, [&](std::int64_t first, std::int64_t end) {
             for (std::int64_t slot = first; slot < end; ++slot) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a row's score can be at most if it is to come before another: one whose distance is known, or
-// one whose score is bounded.
+// What a row's score can be at most if it is to come before another: one whose distance is known,
+// or one whose score is bounded.
 #pragma once
 
 #include <algorithm>
@@ -42,9 +42,8 @@ class ScoreLimits {
     float beside(const QueryTerms& query, double score) const {
         return with_spare(query,
                           score,
-                          is_euclidean()
-                              ? std::max(2.0 * score + query.squared_norm, 0.0)
-                              : std::abs(query.mean_product + mean_ - score));
+                          is_euclidean() ? std::max(2.0 * score + query.squared_norm, 0.0)
+                                         : std::abs(query.mean_product + mean_ - score));
     }
 
   private:

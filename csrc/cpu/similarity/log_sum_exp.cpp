@@ -143,14 +143,6 @@ double largest_norm(const Rows& rows,
     return std::sqrt(squared);
 }
 
-// As even as can be, in multiples of `multiple`, none above `largest` unless that is less.
-std::int64_t even_chunk(std::int64_t total, std::int64_t largest, std::int64_t multiple) {
-    largest = std::max(largest / multiple * multiple, multiple);
-    const std::int64_t count = std::max<std::int64_t>((total + largest - 1) / largest, 1);
-    const std::int64_t chunk = (total + count - 1) / count;
-    return (chunk + multiple - 1) / multiple * multiple;
-}
-
 // float32 products by tiles, in powers of two: A takes scale / ln 2 in.
 class TileSums {
   public:

@@ -66,7 +66,8 @@ class NearerPicks {
     void offer(std::int64_t slot, const ScoreRange& score, std::int64_t pick) {
         const std::size_t s = to_size(slot);
         if (score.lower <= thresholds_[s]) {
-            waiting_[s * kCapacity + num_waiting_[s]] = {score.lower, static_cast<std::int32_t>(pick)};
+            waiting_[s * kCapacity + num_waiting_[s]] = {score.lower,
+                                                         static_cast<std::int32_t>(pick)};
             if (++num_waiting_[s] == kCapacity) {
                 settle(slot);
             }

@@ -21,14 +21,15 @@ constexpr std::int64_t kRowsPerTask = 1024;
 //   packing      ||x - x^|| is measured in float64, and ||q - q^|| too; the product may treat
 //                subnormal values as zero, at most sqrt(D) tiny more, tiny = 2^-126.
 //   product      n roundings in all, in any one order. Floats: D multiply-adds in float32, fused or
-//                not (products of bfloat16 are exact), n = D. Whole numbers: exact sums, then n = 4
-//                roundings to give them their units back.
-//                |p - q^.x^| <= g ||q^|| ||x^|| + D tiny,  g = n u / (1 - n u).
+//                not (products of bfloat16 are exact), n = D; n = 2 D + 2 covers units that add up
+//                parts of 32 features apart. Whole numbers: exact sums, then n = 4 roundings to
+//                give them their units back. Each may also lose a subnormal result. |p - q^.x^| <=
+//                g ||q^|| ||x^|| + (n + D) tiny,  g = n u / (1 - n u).
 //   row term     h (half the squared norm, or -mean.x) rounded once: u |h| + tiny.
 //   score        fl(h - p): u (|h| + |p|), |p| <= (1 + g) ||q^|| ||x^||, at most 2u for n u < 1/2.
 //
 // With |q.x - q^.x^| <= ||q - q^|| ||x|| + ||q^|| ||x - x^||, the sum is
-//   ||q|| (||x - x^|| + (g + 2u) ||x||) + ||q - q^|| ||x|| + 2u |h| + (D + 2) tiny (1 + ||q||).
+//   ||q|| (||x - x^|| + (g + 2u) ||x||) + ||q - q^|| ||x|| + 2u |h| + (n + D + 2) tiny (1 + ||q||).
 // The bounds take max(||q||, ||q^||) for ||q||, and the same for x, as ||q^|| <= ||q|| + e_q.
 // kSpare covers the rounding of the bounds themselves.
 constexpr double kUnit = 5.9604644775390625e-08;  // 2^-24
@@ -51,13 +52,14 @@ ErrorBounds error_bounds(const Lengths& row,
                          std::int64_t dim) {
     const TileKernels& tiles = engine.tiles();
     const double d = static_cast<double>(dim);
-    const double roundings = (tiles.roundings_per_feature * d + tiles.roundings) * kUnit;
-    const double product_error = roundings / (1.0 - roundings);
+    const double roundings = tiles.roundings_per_feature * d + tiles.roundings;
+    const double product_error = roundings * kUnit / (1.0 - roundings * kUnit);
+    const double lost = (roundings + d + 2.0) * kTiny;
     const double reach = (row.residual + (product_error + 2.0 * kUnit) * row.norm) * kSpare;
     const double slack = 2.0 * kUnit * std::abs(row_term) * kSpare;
     return {round_up(row.norm * engine.bound_scale),
-            round_up((reach + (d + 2.0) * kTiny) * engine.bound_scale),
-            round_up((slack + (d + 2.0) * kTiny) * engine.bound_scale)};
+            round_up((reach + lost) * engine.bound_scale),
+            round_up((slack + lost) * engine.bound_scale)};
 }
 
 // A row much longer than the frame's unit could overflow float32. It is packed as zeros and has no

@@ -2,6 +2,7 @@
 // Rows in the order that tiles read them, with what is needed to bound the error of a tile.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -33,6 +34,15 @@ class AlignedFloats {
     std::unique_ptr<float, Free> data_;
     std::int64_t capacity_ = 0;
 };
+
+// How much to take at a time of `total`: as even as can be, in multiples of `multiple`, none above
+// `largest` unless that is less.
+inline std::int64_t even_chunk(std::int64_t total, std::int64_t largest, std::int64_t multiple) {
+    largest = std::max(largest / multiple * multiple, multiple);
+    const std::int64_t count = std::max<std::int64_t>((total + largest - 1) / largest, 1);
+    const std::int64_t chunk = (total + count - 1) / count;
+    return (chunk + multiple - 1) / multiple * multiple;
+}
 
 // Which kernels run.
 struct Engine {

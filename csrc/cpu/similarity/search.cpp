@@ -15,14 +15,6 @@ constexpr std::int64_t kChunkBytes = 16LL << 20;
 constexpr std::int64_t kKeptChunkBytes = 1LL << 30;
 constexpr std::int64_t kQueryBudgetBytes = 96LL << 20;
 
-// As even as can be, in multiples of `multiple`, none above `largest`.
-std::int64_t even_chunk(std::int64_t total, std::int64_t largest, std::int64_t multiple) {
-    largest = std::max(largest / multiple * multiple, multiple);
-    const std::int64_t count = std::max<std::int64_t>((total + largest - 1) / largest, 1);
-    const std::int64_t chunk = (total + count - 1) / count;
-    return (chunk + multiple - 1) / multiple * multiple;
-}
-
 std::int64_t chunk_of(const Rows& memory, const TileKernels& tiles, std::int64_t bytes) {
     const std::int64_t row_bytes =
         4 * tiles.row_words(memory.dim) + 8 + static_cast<std::int64_t>(sizeof(ErrorBounds));

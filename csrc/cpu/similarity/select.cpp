@@ -167,8 +167,10 @@ SearchCounters knn_cpu(const KnnParams& params,
         [&](Precision with, const Frame& frame, std::vector<std::int64_t> pending) {
             const ScoreLimits limits(frame, params.memory.dim);
             const auto make_shortlists = [&](const std::vector<std::int64_t>& ids,
-                                             const PackedQueries& queries) {
-                return Shortlists(params, kernels, limits, ids, queries, params.k, patience);
+                                             const PackedQueries& queries,
+                                             std::int64_t num_slices) {
+                return Shortlists(
+                    params, kernels, limits, ids, queries, params.k, patience / num_slices);
             };
             Sweep<Shortlists> sweep(params,
                                     Engine{&kernels, with, params.bound_scale},

@@ -14,9 +14,9 @@
 
 namespace pyfeat {
 
-// Rows whose lowest possible score is no more than the k-th of the highest possible ones so far wait
-// in a list; when it is full, their distances are taken, the lowest first, until the next one's
-// lowest score is beyond the k-th nearest. Collector of a Sweep.
+// Rows whose lowest possible score is no more than the k-th of the highest possible ones so far
+// wait in a list; when it is full, their distances are taken, the lowest first, until the next
+// one's lowest score is beyond the k-th nearest. Collector of a Sweep.
 class Shortlists {
   public:
     // A query that has taken more than `patience` distances gives up: its bounds are too coarse.
@@ -189,7 +189,7 @@ class Shortlists {
     std::vector<std::int32_t> num_waiting_, num_ranked_;
     std::vector<std::int64_t> num_taken_;
     std::vector<std::int32_t> num_uppers_;
-    std::vector<float> uppers_;      // [slots, k], a max-heap each
+    std::vector<float> uppers_;     // [slots, k], a max-heap each
     std::vector<Waiting> waiting_;  // [slots, capacity]
     std::vector<Ranked> nearest_;   // [slots, k], a max-heap each
 };

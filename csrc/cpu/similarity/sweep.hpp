@@ -21,7 +21,7 @@ namespace pyfeat {
 template <typename Collector>
 class Sweep {
   public:
-    // make_collector(ids, queries) is called once for each slice of the memory.
+    // make_collector(ids, queries, num_slices) is called once for each slice of the memory.
     template <typename MakeCollector>
     Sweep(const SearchParams& params,
           const Engine& engine,
@@ -35,22 +35,25 @@ class Sweep {
           words_(tiles_.words(params.memory.dim)),
           ids_(std::move(ids)),
           queries_(pack_queries(params.queries, ids_, frame, engine, execution)) {
-        // Tasks are groups of queries, large enough for the products with a block of memory to
-        // outweigh its way into the cache, and at most a few for each thread. Where there are too
-        // few groups to feed the threads, each is cut into slices of the memory with a collector of
-        // their own.
-        constexpr std::int64_t kLeastQueries = 256, kGroupsPerThread = 4;
-        const std::int64_t threads = execution.num_threads();
-        const std::int64_t least_panels = (kLeastQueries + tiles_.queries - 1) / tiles_.queries;
-        std::int64_t groups = std::clamp<std::int64_t>(
-            queries_.num_panels / least_panels, 1, kGroupsPerThread * threads);
-        groups = groups < threads ? groups : groups / threads * threads;
-        panels_per_task_ = std::max<std::int64_t>((queries_.num_panels + groups - 1) / groups, 1);
-        num_groups_ = (queries_.num_panels + panels_per_task_ - 1) / panels_per_task_;
+        // Tasks are groups of queries: a few for each thread if they are large enough then for
+        // their products with a block of memory to outweigh its way into the cache. Where there are
+        // too few queries to feed the threads, groups are cut into slices of the memory, with a
+        // collector each.
+        constexpr std::int64_t kQueries = 256, kLeastQueries = 64, kTasksPerThread = 4;
+        const std::int64_t threads = execution.num_threads(), panels = queries_.num_panels;
+        const auto groups_of = [&](std::int64_t queries, std::int64_t most) {
+            return std::clamp<std::int64_t>(panels * tiles_.queries / queries, 1, most);
+        };
+        std::int64_t groups = groups_of(kQueries, kTasksPerThread * threads) / threads * threads;
+        if (groups == 0) {
+            groups = groups_of(kLeastQueries, threads);
+        }
+        panels_per_task_ = std::max<std::int64_t>((panels + groups - 1) / groups, 1);
+        num_groups_ = (panels + panels_per_task_ - 1) / panels_per_task_;
         const std::int64_t num_slices =
-            groups >= threads ? 1 : (kGroupsPerThread * threads + groups - 1) / groups;
+            groups < threads ? (kTasksPerThread * threads + groups - 1) / groups : 1;
         for (std::int64_t s = 0; s < num_slices; ++s) {
-            slices_.push_back(make_collector(ids_, queries_));
+            slices_.push_back(make_collector(ids_, queries_, num_slices));
         }
     }
 

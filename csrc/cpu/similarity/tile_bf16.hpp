@@ -46,23 +46,23 @@ struct Bfloat16Product {
 template <typename Layout>
 pyfeat::RoundedRow pack_bf16(
     const double* exact, std::int64_t dim, double, float* panel, int lane) {
-    const auto block = [=](std::int64_t first, auto count, float* values, double* rounded)
-        PYFEAT_INLINE {
-        std::uint32_t bits[kSums];
-        std::memcpy(bits, values, sizeof(bits));
-        for (std::uint32_t& word : bits) {
-            word += 0x7FFFU + ((word >> 16) & 1U);  // to nearest, ties to even
-            word &= 0xFFFF0000U;
-        }
-        std::memcpy(values, bits, sizeof(bits));
-        for (int i = 0; i < kSums; ++i) {
-            rounded[i] = static_cast<double>(values[i]);
-        }
-        for (std::int64_t i = 0; i < count; i += 2) {
-            const std::uint32_t pair = (bits[i] >> 16) | bits[i + 1];
-            std::memcpy(panel + Layout::at((first + i) / 2, lane), &pair, sizeof(pair));
-        }
-    };
+    const auto block =
+        [=](std::int64_t first, auto count, float* values, double* rounded) PYFEAT_INLINE {
+            std::uint32_t bits[kSums];
+            std::memcpy(bits, values, sizeof(bits));
+            for (std::uint32_t& word : bits) {
+                word += 0x7FFFU + ((word >> 16) & 1U);  // to nearest, ties to even
+                word &= 0xFFFF0000U;
+            }
+            std::memcpy(values, bits, sizeof(bits));
+            for (int i = 0; i < kSums; ++i) {
+                rounded[i] = static_cast<double>(values[i]);
+            }
+            for (std::int64_t i = 0; i < count; i += 2) {
+                const std::uint32_t pair = (bits[i] >> 16) | bits[i + 1];
+                std::memcpy(panel + Layout::at((first + i) / 2, lane), &pair, sizeof(pair));
+            }
+        };
     const double residual = round_in_blocks(exact, dim, block);
     fill_up<Layout>((dim + 1) / 2, panel, lane);
     return {residual, 1.0F};

@@ -35,14 +35,14 @@ template <int kWidth>
 pyfeat::RoundedRow pack_float32(
     const double* exact, std::int64_t dim, double, float* panel, int lane) {
     const auto block = [=](std::int64_t first, auto count, float* values, double* rounded)
-        PYFEAT_INLINE {
-        for (int i = 0; i < kSums; ++i) {
-            rounded[i] = static_cast<double>(values[i]);
-        }
-        for (std::int64_t i = 0; i < count; ++i) {
-            panel[(first + i) * kWidth + lane] = values[i];
-        }
-    };
+                           PYFEAT_INLINE {
+                               for (int i = 0; i < kSums; ++i) {
+                                   rounded[i] = static_cast<double>(values[i]);
+                               }
+                               for (std::int64_t i = 0; i < count; ++i) {
+                                   panel[(first + i) * kWidth + lane] = values[i];
+                               }
+                           };
     const double residual = round_in_blocks(exact, dim, block);
     return {residual, 1.0F};
 }

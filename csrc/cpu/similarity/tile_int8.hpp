@@ -50,30 +50,30 @@ pyfeat::RoundedRow pack_int8(
     const float inverse = zeros ? 0.0F : 1.0F / unit;
     constexpr std::uint32_t kBitsOfRound = 0x4B400000;
     std::uint32_t sums[kSums] = {};
-    const auto block = [&](std::int64_t first, auto count, float* values, double* rounded)
-        PYFEAT_INLINE {
-        // Adding 1.5 * 2^23 leaves a whole number in the lowest bits. It is at most kLevels, as no
-        // value is larger than `largest` and the roundings here are far from half a unit.
-        constexpr float kRound = 12582912.0F;
-        std::uint32_t bits[kSums];
-        std::uint8_t bytes[kSums];
-        for (int i = 0; i < kSums; ++i) {
-            values[i] = values[i] * inverse + kRound;
-        }
-        std::memcpy(bits, values, sizeof(bits));
-        for (int i = 0; i < kSums; ++i) {
-            rounded[i] = static_cast<double>(values[i] - kRound) * static_cast<double>(unit);
-        }
-        for (int i = 0; i < kSums; ++i) {
-            bytes[i] = static_cast<std::uint8_t>(bits[i] + kOffset);
-        }
-        for (int i = 0; i < kSums; ++i) {
-            sums[i] += bits[i] - kBitsOfRound;
-        }
-        for (std::int64_t i = 0; i < count; i += 4) {
-            std::memcpy(panel + Layout::at(kHeaderWords + (first + i) / 4, lane), bytes + i, 4);
-        }
-    };
+    const auto block =
+        [&](std::int64_t first, auto count, float* values, double* rounded) PYFEAT_INLINE {
+            // Adding 1.5 * 2^23 leaves a whole number in the lowest bits. It is at most kLevels, as
+            // no value is larger than `largest` and the roundings here are far from half a unit.
+            constexpr float kRound = 12582912.0F;
+            std::uint32_t bits[kSums];
+            std::uint8_t bytes[kSums];
+            for (int i = 0; i < kSums; ++i) {
+                values[i] = values[i] * inverse + kRound;
+            }
+            std::memcpy(bits, values, sizeof(bits));
+            for (int i = 0; i < kSums; ++i) {
+                rounded[i] = static_cast<double>(values[i] - kRound) * static_cast<double>(unit);
+            }
+            for (int i = 0; i < kSums; ++i) {
+                bytes[i] = static_cast<std::uint8_t>(bits[i] + kOffset);
+            }
+            for (int i = 0; i < kSums; ++i) {
+                sums[i] += bits[i] - kBitsOfRound;
+            }
+            for (std::int64_t i = 0; i < count; i += 4) {
+                std::memcpy(panel + Layout::at(kHeaderWords + (first + i) / 4, lane), bytes + i, 4);
+            }
+        };
     const double residual = round_in_blocks(exact, dim, block);
     fill_up<Layout>((dim + 3) / 4, panel, lane);
     if (kHeaderWords > 0) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // bfloat16 and int8 tiles on matrix units (Intel AMX): one instruction multiplies 16 queries by 16
-// rows over 64 bytes of features, 16 times the rate of AVX-512 in 16 cycles. A tile is two by two of
-// these, each factor loaded once for two products: as many loads as products, which is what the
+// rows over 64 bytes of features, 16 times the rate of AVX-512 in 16 cycles. A tile is two by two
+// of these, each factor loaded once for two products: as many loads as products, which is what the
 // first-level cache can feed. Row panels are [words, 32] as elsewhere; query panels are
 // [words / 16, 32, 16], so that a load finds 64 bytes of each query side by side.
 #pragma once
@@ -9,7 +9,7 @@
 #include "cpu/similarity/tile_bf16.hpp"
 #include "cpu/similarity/tile_int8.hpp"
 #if defined(PYFEAT_EMULATED_AMX)
-#include "emulated_amx.hpp"
+#include "emulated_amx.hpp"  // of the tests
 #endif
 
 namespace {
@@ -45,27 +45,27 @@ using MatrixColumns = Columns<kMatrixRows, kUnitWords>;
 
 // multiply(sum, queries, rows) needs literal numbers of tiles: 0 to 3 hold the sums, 4 and 5
 // queries, 6 and 7 rows.
-#define PYFEAT_MULTIPLY_MATRICES(multiply)                                              \
-    _tile_zero(0);                                                                      \
-    _tile_zero(1);                                                                      \
-    _tile_zero(2);                                                                      \
-    _tile_zero(3);                                                                      \
-    constexpr int kQueryStride = 4 * kUnitWords, kRowStride = 4 * kMatrixRows;          \
-    for (std::int64_t w = 0; w < words; w += kUnitWords) {                              \
-        _tile_loadd(6, row_panel, kRowStride);                                          \
-        _tile_loadd(4, query_panel, kQueryStride);                                      \
-        multiply(0, 4, 6);                                                              \
-        _tile_loadd(7, row_panel + kUnitRows, kRowStride);                              \
-        multiply(1, 4, 7);                                                              \
-        _tile_loadd(5, query_panel + kUnitRows * kUnitWords, kQueryStride);             \
-        multiply(2, 5, 6);                                                              \
-        multiply(3, 5, 7);                                                              \
-        query_panel += kMatrixQueries * kUnitWords;                                     \
-        row_panel += kMatrixRows * kUnitWords;                                          \
-    }                                                                                   \
-    _tile_stored(0, products, kRowStride);                                              \
-    _tile_stored(1, products + kUnitRows, kRowStride);                                  \
-    _tile_stored(2, products + kUnitRows * kMatrixRows, kRowStride);                    \
+#define PYFEAT_MULTIPLY_MATRICES(multiply)                                     \
+    _tile_zero(0);                                                             \
+    _tile_zero(1);                                                             \
+    _tile_zero(2);                                                             \
+    _tile_zero(3);                                                             \
+    constexpr int kQueryStride = 4 * kUnitWords, kRowStride = 4 * kMatrixRows; \
+    for (std::int64_t w = 0; w < words; w += kUnitWords) {                     \
+        _tile_loadd(6, row_panel, kRowStride);                                 \
+        _tile_loadd(4, query_panel, kQueryStride);                             \
+        multiply(0, 4, 6);                                                     \
+        _tile_loadd(7, row_panel + kUnitRows, kRowStride);                     \
+        multiply(1, 4, 7);                                                     \
+        _tile_loadd(5, query_panel + kUnitRows * kUnitWords, kQueryStride);    \
+        multiply(2, 5, 6);                                                     \
+        multiply(3, 5, 7);                                                     \
+        query_panel += kMatrixQueries * kUnitWords;                            \
+        row_panel += kMatrixRows * kUnitWords;                                 \
+    }                                                                          \
+    _tile_stored(0, products, kRowStride);                                     \
+    _tile_stored(1, products + kUnitRows, kRowStride);                         \
+    _tile_stored(2, products + kUnitRows * kMatrixRows, kRowStride);           \
     _tile_stored(3, products + kUnitRows * kMatrixRows + kUnitRows, kRowStride)
 
 // float32 sums: 32 features are multiplied and added one after the other, odd and even ones apart;

@@ -64,7 +64,7 @@ class RangeSearch {
             execution_,
             frame,
             ids,
-            [&](const std::vector<std::int64_t>&, const PackedQueries& queries) {
+            [&](const std::vector<std::int64_t>&, const PackedQueries& queries, std::int64_t) {
                 return candidates(frame, queries);
             });
         search.for_each_chunk(precision, [&](const PackedRows& chunk) { sweep.search(chunk); });
