@@ -191,3 +191,19 @@ def test_bad_options_are_named(
 def test_features_of_two_dtypes_are_refused() -> None:
     with pytest.raises(TypeError, match=r"knn: memory must be float16, got float32"):
         pyfeat.knn(torch.zeros(1, 3).half(), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("num_queries", [1, 6])
+def test_few_queries_look_at_every_row_and_name_the_first_that_is_not_finite(
+    num_queries: int,
+) -> None:
+    queries, memory = torch.randn(num_queries, 20), torch.randn(20_000, 20)
+    distances, indices, counters = kernel_knn(queries, memory, 7, "euclidean")
+    assert_exact_neighbours(distances, indices, queries, memory, 7, "euclidean")
+    assert counters == (0, 0, num_queries)
+    memory[[19_999, 7_003]] = torch.nan
+    with pytest.raises(ValueError, match=r"knn: memory must be finite, .* in row 7003"):
+        pyfeat.knn(queries, memory, 7)
+    found = pyfeat.knn(queries, memory, 7, nonfinite="skip")
+    finite = torch.arange(20_000)[memory.isfinite().all(dim=1)]
+    assert torch.equal(found.indices, finite[pyfeat.knn(queries, memory[finite], 7).indices])

@@ -15,10 +15,12 @@
 namespace pyfeat {
 namespace {
 
-// With this many neighbours the float64 distances cost more than the tiles would save.
-bool worth_tiles(const KnnParams& params, const Kernels& kernels) {
-    constexpr std::int64_t kLargestShortlistK = 1024;
+// With many neighbours the float64 distances cost more than the tiles would save, and for few
+// queries to pack the memory costs more than all distances.
+bool worth_tiles(const KnnParams& params, const PackedMemory* packed, const Kernels& kernels) {
+    constexpr std::int64_t kLargestShortlistK = 1024, kFewQueries = 6;
     return params.k <= kLargestShortlistK && 4 * params.k <= params.memory.num_rows &&
+           (packed != nullptr || params.queries.num_rows > kFewQueries) &&
            fits_tiles(params.memory, kernels);
 }
 
@@ -112,27 +114,60 @@ std::vector<std::int64_t> rank(const KnnParams& params,
     return without;
 }
 
-// Every row against the given queries in float64.
+// Every row against the given queries in float64. A task is a block of the memory that stays in the
+// cache while the queries pass over it.
 void search_exhaustively(const KnnParams& params,
                          const std::vector<std::int64_t>& ids,
                          const Kernels& kernels,
                          Execution& execution) {
-    constexpr std::int64_t kRowsPerPoll = 4096;
-    execution.parallel_for(static_cast<std::int64_t>(ids.size()), [&](std::int64_t task, int) {
-        const std::int64_t query = ids[static_cast<std::size_t>(task)];
-        ExactDistances exact(params, kernels);
-        Nearest nearest(params.k);
-        exact.begin(query);
-        for (std::int64_t row = 0; row < params.memory.num_rows; ++row) {
-            if (row % kRowsPerPoll == 0 && execution.stop_requested()) {
-                return;
-            }
-            if (params.mask.allows(query, row)) {
-                nearest.offer({exact.key(row), row});
-            }
+    constexpr std::int64_t kBlockBytes = 256 << 10, kNearestBytes = 64 << 20, kMostQueries = 64;
+    const Rows& memory = params.memory;
+    const std::int64_t row_bytes = std::max<std::int64_t>(memory.dim * bytes_of(memory.dtype), 1);
+    const std::int64_t block = std::clamp<std::int64_t>(kBlockBytes / row_bytes, 16, 4096);
+    const auto num_threads = static_cast<std::size_t>(execution.num_threads());
+    const auto nearest_bytes = static_cast<std::int64_t>(2 * sizeof(Ranked) * num_threads);
+    const std::int64_t step =
+        std::clamp<std::int64_t>(kNearestBytes / (nearest_bytes * params.k), 1, kMostQueries);
+    const auto num_queries = static_cast<std::int64_t>(ids.size());
+    std::atomic<bool> all_finite{true};
+    for (std::int64_t first = 0; first < num_queries; first += step) {
+        const auto count = static_cast<std::size_t>(std::min(step, num_queries - first));
+        const std::int64_t* queries = ids.data() + first;
+        // The nearest k of all are among the nearest k of each thread, whichever rows it gets.
+        std::vector<std::vector<Nearest>> nearest(num_threads,
+                                                  std::vector<Nearest>(count, Nearest(params.k)));
+        execution.parallel_for(
+            (memory.num_rows + block - 1) / block, [&](std::int64_t task, int worker) {
+                ExactDistances exact(params, kernels);
+                const std::int64_t end = std::min(memory.num_rows, (task + 1) * block);
+                for (std::size_t q = 0; q < count; ++q) {
+                    Nearest& found = nearest[static_cast<std::size_t>(worker)][q];
+                    exact.begin(queries[q]);
+                    for (std::int64_t row = task * block; row < end; ++row) {
+                        if (params.mask.allows(queries[q], row)) {
+                            const Ranked ranked{exact.key(row), row};
+                            found.offer(ranked);
+                            if (!ranked.is_usable()) {
+                                all_finite = false;
+                            }
+                        }
+                    }
+                }
+            });
+        if (!all_finite) {
+            check_memory(params, kernels, execution);
         }
-        write(params, query, exact, nearest.sorted());
-    });
+        const ExactDistances exact(params, kernels);
+        for (std::size_t q = 0; q < count; ++q) {
+            Nearest all(params.k);
+            for (std::vector<Nearest>& of_thread : nearest) {
+                for (const Ranked& row : of_thread[q].sorted()) {
+                    all.offer(row);
+                }
+            }
+            write(params, queries[q], exact, all.sorted());
+        }
+    }
 }
 
 }  // namespace
@@ -150,8 +185,11 @@ SearchCounters knn_cpu(const KnnParams& params,
     }
     MemorySearch search(params, packed, isa, precision, execution);
     const Kernels& kernels = search.kernels();
-    const bool tiles = worth_tiles(params, kernels);
-    if (!tiles) {
+    const bool tiles = worth_tiles(params, packed, kernels);
+    // Distances from rows that are looked at tell in passing whether these are finite; rows of
+    // float64 can also be too long.
+    const bool looks_at_all = params.mask.data == nullptr && params.memory.dtype != Dtype::kFloat64;
+    if (!tiles && !looks_at_all) {
         check_memory(params, kernels, execution);
     }
     const ExactDistances exact(params, kernels);
