@@ -1,6 +1,7 @@
 """Checks of answers before they are timed, each against float64."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -151,3 +152,23 @@ def check_product(name: str, product: Tensor, left: Tensor, right: Tensor, slack
     if ((product[: len(first)].double() - exact).abs() > slack * scale).any():
         message = f"{name}: wrong product"
         raise WrongAnswerError(message)
+
+
+class GradientCheck:
+    """Refuses a loss or gradients that are not those of float64.
+
+    Float32 may be off by a ten-thousandth of the largest element of each.
+
+    Args:
+        exact: Returns loss and gradients in float64.
+    """
+
+    def __init__(self, exact: Callable[[], Sequence[Tensor]]) -> None:
+        self._exact = exact()
+
+    def __call__(self, name: str, answer: object) -> None:
+        found = cast("Sequence[Tensor]", answer)
+        for ours, true in zip(found, self._exact, strict=True):
+            if not ((ours - true).abs() <= 1e-4 * true.abs().max()).all():
+                message = f"{name}: loss or gradients are off by more than float32 explains"
+                raise WrongAnswerError(message)

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Binds functions, no logic.
+#include "bindings.hpp"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,7 +15,6 @@
 
 #include "cpu/isa.hpp"
 #include "cpu/similarity/farthest.hpp"
-#include "cpu/similarity/log_sum_exp.hpp"
 #include "cpu/similarity/pack.hpp"
 #include "cpu/similarity/search.hpp"
 #include "cpu/similarity/select.hpp"
@@ -26,15 +27,8 @@ namespace py = pybind11;
 namespace pyfeat {
 namespace {
 
-// address, rows, columns, row stride in elements, dtype
-using Matrix = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, Dtype>;
 // address and stride from one query to the next; address 0: no mask
 using MaskMatrix = std::pair<std::uintptr_t, std::int64_t>;
-
-Rows to_rows(const Matrix& matrix) {
-    const auto& [address, num_rows, dim, stride, dtype] = matrix;
-    return {reinterpret_cast<const void*>(address), dtype, num_rows, dim, stride};
-}
 
 SearchParams to_search(const char* op,
                        const Matrix& queries,
@@ -50,27 +44,6 @@ SearchParams to_search(const char* op,
             {reinterpret_cast<const std::uint8_t*>(mask.first), mask.second},
             nonfinite,
             bound_scale};
-}
-
-template <typename T>
-T* to_pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// Runs work(isa, execution) without the interpreter's lock; Ctrl-C stops it.
-template <typename Work>
-auto run(int num_threads, const std::string& isa_name, Work work) {
-    const Isa isa = resolve_isa(isa_name);
-    Execution execution(num_threads, [] {
-        const py::gil_scoped_acquire lock;
-        return PyErr_CheckSignals() != 0;
-    });
-    try {
-        const py::gil_scoped_release release;
-        return work(isa, execution);
-    } catch (const Interrupted&) {
-        throw py::error_already_set();
-    }
 }
 
 using Counts = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
@@ -173,26 +146,6 @@ std::int64_t bind_advance(FarthestSearch& search,
                               to_pointer<std::int64_t>(picks),
                               to_pointer<double>(squared_radii),
                               execution);
-    });
-}
-
-void bind_log_sum_exp(const Matrix& a,
-                      const Matrix& b,
-                      double scale,
-                      Dtype product_dtype,
-                      std::uintptr_t row_lse,
-                      std::uintptr_t column_lse,
-                      int num_threads,
-                      const std::string& isa_name) {
-    const LogSumExpParams params{to_rows(a),
-                                 to_rows(b),
-                                 scale,
-                                 product_dtype,
-                                 to_pointer<double>(row_lse),
-                                 to_pointer<double>(column_lse)};
-    run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
-        log_sum_exp_cpu(params, isa, execution);
-        return true;
     });
 }
 
@@ -321,20 +274,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("precision") = "",
           py::arg("packed") = nullptr,
           py::arg("bound_scale") = 1.0);
-    m.def("log_sum_exp_cpu",
-          &bind_log_sum_exp,
-          py::arg("a"),
-          py::arg("b"),
-          py::arg("scale"),
-          py::arg("product_dtype"),
-          py::arg("row_lse"),
-          py::arg("column_lse"),
-          py::arg("num_threads"),
-          py::arg("isa") = "");
     m.def("power_of_two",
           &bind_power_of_two,
           py::arg("exponents"),
           py::arg("count"),
           py::arg("powers"),
           py::arg("isa") = "");
+    bind_contrast(m);
 }

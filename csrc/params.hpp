@@ -76,14 +76,53 @@ struct FarthestParams {
     const double* squared_distances;  // [N], to what the rows are near already; null: infinite
 };
 
-// Row and column log-sum-exp of S = scale * A B^T.
+// Of the similarities S = scale * A B^T + bias, which are positive and which do not count. Null
+// where there are none such. Ids are at least 0.
+struct PairTerms {
+    const float* column_bias = nullptr;           // [S]
+    const std::int32_t* row_ids = nullptr;        // [L], positive where equal
+    const std::int32_t* column_ids = nullptr;     // [S]
+    const std::int32_t* row_groups = nullptr;     // [L], left out where equal,
+    const std::int32_t* column_groups = nullptr;  // [S]
+    bool keep_positives = false;                  // unless positive
+    // Log-sum-exps are over what is not positive: where one similarity outweighs all others, its
+    // distance to them keeps its digits.
+    bool separate_positives = false;
+
+    bool empty() const {
+        return column_bias == nullptr && row_ids == nullptr && row_groups == nullptr;
+    }
+};
+
+// Sums over the rows and the columns of S.
 struct LogSumExpParams {
     Rows a;  // [L, D]
     Rows b;  // [S, D]
     double scale;
-    Dtype product_dtype;  // float32: tiles; float64: dot by dot, several times slower
-    double* row_lse;      // [L], contiguous; -infinity if S is 0
-    double* column_lse;   // [S], contiguous; -infinity if L is 0
+    Dtype product_dtype;              // float32: tiles; float64: dot by dot, several times slower
+    double* row_lse;                  // [L], contiguous; -infinity where no column counts
+    double* column_lse;               // [S], contiguous; -infinity where no row counts
+    PairTerms pairs;                  // float32 products only
+    double* row_positives = nullptr;  // [L], sums of S over positive columns; null: not wanted
+    double* column_positives = nullptr;  // [S]
+};
+
+// Gradients of a loss by A and B, given those by its sums. With P = exp(S - row_lse) and R =
+// exp(S - column_lse) they are those of
+//   dS = row_weights P + column_weights R + (row_positives + column_positives where positive).
+struct ContrastGradientParams {
+    Rows a;  // [L, D]
+    Rows b;  // [S, D]
+    double scale;
+    PairTerms pairs;
+    const double* row_lse;           // [L]
+    const double* column_lse;        // [S]; null: columns have no part
+    const double* row_weights;       // [L]
+    const double* column_weights;    // [S]
+    const double* row_positives;     // [L]
+    const double* column_positives;  // [S]
+    float* grad_a;                   // [L, D], contiguous
+    float* grad_b;                   // [S, D], contiguous
 };
 
 // Counts of one search, for tests and benchmarks.

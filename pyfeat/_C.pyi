@@ -26,6 +26,18 @@ _Matrix = tuple[int, int, int, int, Dtype]
 # Address and stride between queries; address 0: no mask.
 _Mask = tuple[int, int]
 
+class PairTerms:
+    def __init__(
+        self,
+        column_bias: int = 0,
+        row_ids: int = 0,
+        column_ids: int = 0,
+        row_groups: int = 0,
+        column_groups: int = 0,
+        keep_positives: bool = False,
+        separate_positives: bool = False,
+    ) -> None: ...
+
 class PackedMemory:
     def __init__(
         self,
@@ -99,6 +111,21 @@ def log_sum_exp_cpu(
     product_dtype: Dtype,
     row_lse: int,
     column_lse: int,
+    num_threads: int,
+    isa: str = "",
+    pairs: PairTerms = ...,
+    row_positives: int = 0,
+    column_positives: int = 0,
+) -> None: ...
+def contrast_gradient_cpu(
+    a: _Matrix,
+    b: _Matrix,
+    scale: float,
+    pairs: PairTerms,
+    rows: tuple[int, int, int],
+    columns: tuple[int, int, int],
+    grad_a: int,
+    grad_b: int,
     num_threads: int,
     isa: str = "",
 ) -> None: ...

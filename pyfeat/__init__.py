@@ -4,11 +4,12 @@ An import goes down this picture, never up::
 
     pipelines   pyfeat.anomaly (fit, score, report)     pyfeat command line
     objects     MemoryBank    PatchCore
-    ops         knn    greedy_coreset    match
+    ops         knn    greedy_coreset    match    losses (info_nce, clip, supcon, nt_xent)
     engine      similarity: tiles of A B^T that are used and dropped, never stored
-    backends    cpu (C++: scalar, AVX2, AVX-512, BF16)      reference (plain PyTorch)
+    backends    cpu (C++: scalar, AVX2, AVX-512, AMX, NEON)   triton   reference (plain PyTorch)
 """
 
+from pyfeat import losses
 from pyfeat._C import __version__
 from pyfeat._info import info
 from pyfeat.coreset import Coreset, greedy_coreset
@@ -26,6 +27,7 @@ __all__ = [
     "greedy_coreset",
     "info",
     "knn",
+    "losses",
     "match",
     "range_search",
 ]

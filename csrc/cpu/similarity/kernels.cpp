@@ -5,6 +5,7 @@
 #include "cpu/similarity/distances.hpp"
 #include "cpu/similarity/exponential.hpp"
 #include "cpu/similarity/tile_bf16.hpp"
+#include "cpu/similarity/tile_contrast.hpp"
 #include "cpu/similarity/tile_float32.hpp"
 #include "cpu/similarity/tile_int8.hpp"
 #if defined(PYFEAT_ISA_AMX)
@@ -14,6 +15,7 @@
 namespace pyfeat::PYFEAT_ISA_NAMESPACE {
 
 static_assert(kTileQueries <= kMaxTileQueries && kTileRows <= kMaxTileRows);
+static_assert(kGradientRows % kTileQueries == 0 && kGradientColumns % kTileRows == 0);
 #if defined(PYFEAT_ISA_AMX)
 static_assert(kMatrixQueries <= kMaxTileQueries && kMatrixRows <= kMaxTileRows);
 #endif
@@ -29,6 +31,7 @@ const Kernels kernels{
     {float32_tiles(), bf16_tiles(), int8_tiles()},
 #endif
     power_kernels(),
+    contrast_kernels(),
 #if defined(PYFEAT_ISA_AMX)
     // int8 takes half the time of bf16 in the tiles. But both are fast enough for the float64
     // distances to matter more, and of these the coarser bounds of int8 take up to five times as

@@ -174,10 +174,68 @@ struct PowerKernels {
     void (*add_tile)(const float* products, const PowerSums& sums);
 };
 
+// Of the pairs of one tile, which are positive and which do not count. Ids are whole numbers of 32
+// bits; null where there are none.
+struct PairTile {
+    const float* column_bias;                 // [NR], added to the products
+    const float *row_ids, *column_ids;        // [MR], [NR], positive where equal
+    const float *row_groups, *column_groups;  // [MR], [NR], left out where equal,
+    bool keep_positives;                      // unless positive
+    bool separate_positives;                  // positive pairs have no power
+};
+
+// Sums of the products of positive pairs; null where not wanted.
+struct PositiveSums {
+    double* rows;     // [MR]
+    double* columns;  // [NR]
+};
+
+// A row's or a column's part of the gradient: weight * 2^(product - shift) for every pair, shifts
+// being whole and no less than the largest product minus 126, and `positive` for positive pairs.
+struct GradientTerms {
+    const float *shifts, *weights, *positives;
+};
+
+constexpr std::int64_t kGradientRows = 96;      // a multiple of every MR
+constexpr std::int64_t kGradientColumns = 480;  // a multiple of every NR
+// From one row to the next; not a multiple of 2 KB, which would fill few sets of the cache.
+constexpr std::int64_t kGradientStride = kGradientColumns + 16;
+
+struct ContrastKernels {
+    // Adds the bias to products [MR, NR], adds up the positive ones, and puts kNoProduct in place
+    // of those that have no power.
+    void (*adjust)(float* products, const PairTile& pairs, const PositiveSums& sums);
+
+    // gradient[r, c], MR rows of stride kGradientStride, from products that are not adjusted;
+    // columns have no part if their terms are null.
+    void (*gradient)(const float* products,
+                     const PairTile& pairs,
+                     const GradientTerms& rows,
+                     const GradientTerms& columns,
+                     float* gradient);
+
+    // sums[r, d] += gradient[r, w] panel[w, d] over `count` of w, for MR r and NR d;
+    // sums[r, d] += gradient[w, r] panel[w, d] for the transpose. Rows of sums are `stride` apart
+    // and on 64-byte boundaries; only the first `rows` are written.
+    void (*multiply)(std::int64_t count,
+                     const float* gradient,
+                     const float* panel,
+                     float* sums,
+                     std::int64_t stride,
+                     int rows);
+    void (*multiply_transposed)(std::int64_t count,
+                                const float* gradient,
+                                const float* panel,
+                                float* sums,
+                                std::int64_t stride,
+                                int rows);
+};
+
 struct Kernels {
     RowKernels rows[kNumDtypes];        // by Dtype
     TileKernels tiles[kNumPrecisions];  // by Precision
     PowerKernels powers;
+    ContrastKernels contrast;
     // Fastest last.
     Precision order[kNumPrecisions];
 

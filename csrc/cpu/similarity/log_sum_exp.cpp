@@ -3,18 +3,18 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "check.hpp"
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/pack.hpp"
+#include "cpu/similarity/pair_terms.hpp"
 #include "cpu/similarity/products.hpp"
 #include "cpu/similarity/shifted_sums.hpp"
 
 namespace pyfeat {
 namespace {
-
-constexpr double kLog2E = 1.44269504088896340736;
 
 constexpr std::int64_t kRangeBytes = 64LL << 20;  // of packed rows of A and their sums
 constexpr std::int64_t kChunkBytes = 16LL << 20;  // of packed rows of B
@@ -63,6 +63,49 @@ class ColumnSums {
     std::vector<double> sums_;  // [parts, columns]
 };
 
+// Sums of positive products of one pair of ranges, for every part.
+class PositiveParts {
+  public:
+    PositiveParts(std::int64_t rows, std::int64_t columns)
+        : rows_(to_size(rows), 0.0), columns_(to_size(columns), 0.0) {}
+
+    PositiveSums at(std::int64_t row, std::int64_t column) {
+        return {rows_.empty() ? nullptr : &rows_[to_size(row)],
+                columns_.empty() ? nullptr : &columns_[to_size(column)]};
+    }
+    // Adds those of `count` rows, `height` to a part, to `sums`, in natural units.
+    void add_rows(std::int64_t num_parts,
+                  std::int64_t height,
+                  std::int64_t count,
+                  double* sums,
+                  std::int64_t first) const {
+        add(rows_, num_parts, height, count, sums, first);
+    }
+    void add_columns(std::int64_t num_parts,
+                     std::int64_t width,
+                     std::int64_t count,
+                     double* sums,
+                     std::int64_t first) const {
+        add(columns_, num_parts, width, count, sums, first);
+    }
+
+  private:
+    static void add(const std::vector<double>& parts,
+                    std::int64_t num_parts,
+                    std::int64_t stride,
+                    std::int64_t count,
+                    double* sums,
+                    std::int64_t first) {
+        for (std::int64_t p = 0; p < num_parts && !parts.empty(); ++p) {
+            for (std::int64_t i = 0; i < count; ++i) {
+                sums[first + i] += parts[to_size(p * stride + i)] * Base2::kLog;
+            }
+        }
+    }
+
+    std::vector<double> rows_, columns_;
+};
+
 // Epilogue of ProductTiles. A row's float32 sums have got at most 4 * kStripPanels = 64 terms each
 // when they are added to a float64 one.
 class RowAndColumnSums {
@@ -70,8 +113,13 @@ class RowAndColumnSums {
     RowAndColumnSums(const Kernels& kernels,
                      ShiftedSum<Base2>* rows,
                      float* column_exponents,
-                     double* column_sums)
+                     double* column_sums,
+                     const TileTerms& terms,
+                     const PositiveSums& positives)
         : powers_(kernels.powers),
+          adjust_(terms.empty() ? nullptr : kernels.contrast.adjust),
+          terms_(terms),
+          positives_(positives),
           height_(kernels.tile_kernels(Precision::kFloat32).queries),
           width_(kernels.tile_kernels(Precision::kFloat32).rows),
           rows_(rows),
@@ -80,7 +128,14 @@ class RowAndColumnSums {
         clear();
     }
 
-    void add_tile(const float* products, std::int64_t, std::int64_t b_panel) {
+    void add_tile(float* products, std::int64_t a_panel, std::int64_t b_panel) {
+        if (adjust_ != nullptr) {
+            const std::int64_t row = a_panel * height_, column = b_panel * width_;
+            const PositiveSums sums{
+                positives_.rows == nullptr ? nullptr : positives_.rows + row,
+                positives_.columns == nullptr ? nullptr : positives_.columns + column};
+            adjust_(products, terms_.tile(row, column), sums);
+        }
         powers_.add_tile(products,
                          {exponents_,
                           sums_,
@@ -104,6 +159,9 @@ class RowAndColumnSums {
     }
 
     const PowerKernels& powers_;
+    decltype(ContrastKernels::adjust) adjust_;
+    TileTerms terms_;         // from the first row and column on
+    PositiveSums positives_;  // of these too
     int height_, width_;
     ShiftedSum<Base2>* rows_;  // [rows of A]
     float* column_exponents_;
@@ -111,37 +169,6 @@ class RowAndColumnSums {
     alignas(64) float exponents_[kMaxTileQueries * kMaxLanes];  // [MR, lanes]
     alignas(64) float sums_[kMaxTileQueries * kMaxLanes];
 };
-
-// The largest norm of any row.
-double largest_norm(const Rows& rows,
-                    const char* name,
-                    const Kernels& kernels,
-                    Execution& execution) {
-    constexpr std::int64_t kPerTask = 1024;
-    const RowKernels& row_kernels = kernels.row_kernels(rows.dtype);
-    const std::int64_t num_tasks = (rows.num_rows + kPerTask - 1) / kPerTask;
-    std::vector<double> largest(to_size(num_tasks), 0.0);
-    std::vector<std::int64_t> unusable(to_size(num_tasks), -1);
-    execution.parallel_for(num_tasks, [&](std::int64_t task, int) {
-        const std::int64_t end = std::min(rows.num_rows, (task + 1) * kPerTask);
-        for (std::int64_t i = task * kPerTask; i < end; ++i) {
-            const double squared = row_kernels.squared_norm(rows.row(i), rows.dim);
-            if (!is_usable(squared)) {
-                unusable[to_size(task)] = i;
-                return;
-            }
-            largest[to_size(task)] = std::max(largest[to_size(task)], squared);
-        }
-    });
-    double squared = 0.0;
-    for (std::size_t task = 0; task < largest.size(); ++task) {
-        if (unusable[task] >= 0) {
-            refuse_row("log_sum_exp", name, rows.dtype, unusable[task]);
-        }
-        squared = std::max(squared, largest[task]);
-    }
-    return std::sqrt(squared);
-}
 
 // float32 products by tiles, in powers of two: A takes scale / ln 2 in.
 class TileSums {
@@ -154,15 +181,9 @@ class TileSums {
         : params_(params),
           kernels_(kernels),
           execution_(execution),
+          terms_(params.pairs, params.a.num_rows, params.b.num_rows),
           totals_(params.a.num_rows, params.b.num_rows) {
-        // Factors of equal length overflow last: A is multiplied by 2^shift, B divided by it.
-        constexpr double kTiny = 1e-150;
-        const double scale = params.scale * kLog2E;
-        const int shift = (std::ilogb(std::max(b_norm, kTiny)) -
-                           std::ilogb(std::max(a_norm * std::abs(scale), kTiny))) /
-                          2;
-        a_factor_ = std::ldexp(scale, shift);
-        b_factor_ = std::ldexp(1.0, -shift);
+        std::tie(a_factor_, b_factor_) = product_factors(params.scale, a_norm, b_norm);
     }
 
     const Totals<Base2>& run() {
@@ -190,14 +211,24 @@ class TileSums {
         const Parts parts(a_.num_panels, b_.num_panels);
         const std::int64_t height = a_.num_panels * a_.width;
         std::vector<ShiftedSum<Base2>> rows(to_size(parts.num_b * height));
-        ColumnSums columns(parts.num_a, b_.num_panels * b_.width);
+        const std::int64_t width = b_.num_panels * b_.width;
+        ColumnSums columns(parts.num_a, width);
+        PositiveParts positives(params_.row_positives == nullptr ? 0 : parts.num_b * height,
+                                params_.column_positives == nullptr ? 0 : parts.num_a * width);
         const ProductTiles<RowAndColumnSums> products(
             kernels_.tile_kernels(Precision::kFloat32), a_, b_, execution_);
         parts.run(execution_, [&](std::int64_t i, std::int64_t j, PanelRange a, PanelRange b) {
-            RowAndColumnSums sums(
-                kernels_, &rows[to_size(j * height)], columns.exponents(i), columns.sums(i));
+            RowAndColumnSums sums(kernels_,
+                                  &rows[to_size(j * height)],
+                                  columns.exponents(i),
+                                  columns.sums(i),
+                                  terms_.from(first_row, first_column),
+                                  positives.at(j * height, i * width));
             products.run(a, b, sums);
         });
+        positives.add_rows(parts.num_b, height, a_.num_rows, params_.row_positives, first_row);
+        positives.add_columns(
+            parts.num_a, width, b_.num_rows, params_.column_positives, first_column);
         merge(parts.num_b,
               a_.num_rows,
               &totals_.rows[to_size(first_row)],
@@ -215,6 +246,7 @@ class TileSums {
     const LogSumExpParams& params_;
     const Kernels& kernels_;
     Execution& execution_;
+    PaddedTerms terms_;
     double a_factor_, b_factor_;
     Panels a_, b_;
     Totals<Base2> totals_;
@@ -308,14 +340,23 @@ class DotSums {
 void log_sum_exp_cpu(const LogSumExpParams& params, Isa isa, Execution& execution) {
     const Kernels& kernels = kernels_for(isa);
     PYFEAT_CHECK(params.a.dim == params.b.dim, "a and b must have the same width");
+    PYFEAT_CHECK(params.pairs.empty() || params.product_dtype == Dtype::kFloat32,
+                 "pairs need float32 products");
+    if (params.row_positives != nullptr) {
+        std::fill_n(params.row_positives, params.a.num_rows, 0.0);
+    }
+    if (params.column_positives != nullptr) {
+        std::fill_n(params.column_positives, params.b.num_rows, 0.0);
+    }
     PYFEAT_CHECK(std::abs(params.scale) <= 1e36,
                  "log_sum_exp: scale must be at most 1e36 in magnitude, got ",
                  params.scale);
-    const double a_norm = largest_norm(params.a, "a", kernels, execution);
-    const double b_norm = largest_norm(params.b, "b", kernels, execution);
+    const double a_norm = largest_norm(params.a, "log_sum_exp", "a", kernels, execution);
+    const double b_norm = largest_norm(params.b, "log_sum_exp", "b", kernels, execution);
     // Wider rows than a tile takes would lose float32 sums altogether.
     const bool tiles = params.product_dtype == Dtype::kFloat32 &&
                        params.a.dim <= kernels.tile_kernels(Precision::kFloat32).largest_dim;
+    PYFEAT_CHECK(params.pairs.empty() || tiles, "pairs need rows that fit a tile");
     const double largest = a_norm * b_norm * std::abs(params.scale), limit = tiles ? 1e36 : 1e300;
     PYFEAT_CHECK(largest <= limit,
                  "log_sum_exp: scale |a| |b| must be at most ",

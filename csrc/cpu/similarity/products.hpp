@@ -5,7 +5,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "cpu/isa.hpp"
@@ -65,6 +67,50 @@ inline void pack_factor(const Rows& rows,
             pack(values.data(), rows.dim, 1.0, panel, lane);
         }
     });
+}
+
+// The largest norm of any row; throws for rows that are not usable.
+inline double largest_norm(const Rows& rows,
+                           const char* op,
+                           const char* name,
+                           const Kernels& kernels,
+                           Execution& execution) {
+    constexpr std::int64_t kPerTask = 1024;
+    const RowKernels& row_kernels = kernels.row_kernels(rows.dtype);
+    const std::int64_t num_tasks = (rows.num_rows + kPerTask - 1) / kPerTask;
+    std::vector<double> largest(static_cast<std::size_t>(num_tasks), 0.0);
+    std::vector<std::int64_t> unusable(static_cast<std::size_t>(num_tasks), -1);
+    execution.parallel_for(num_tasks, [&](std::int64_t task, int) {
+        const std::int64_t end = std::min(rows.num_rows, (task + 1) * kPerTask);
+        for (std::int64_t i = task * kPerTask; i < end; ++i) {
+            const double squared = row_kernels.squared_norm(rows.row(i), rows.dim);
+            if (!is_usable(squared)) {
+                unusable[static_cast<std::size_t>(task)] = i;
+                return;
+            }
+            largest[static_cast<std::size_t>(task)] =
+                std::max(largest[static_cast<std::size_t>(task)], squared);
+        }
+    });
+    double squared = 0.0;
+    for (std::size_t task = 0; task < largest.size(); ++task) {
+        if (unusable[task] >= 0) {
+            refuse_row(op, name, rows.dtype, unusable[task]);
+        }
+        squared = std::max(squared, largest[task]);
+    }
+    return std::sqrt(squared);
+}
+
+// What A and B are multiplied by for their product to be scale / ln 2 times what it was. Factors of
+// equal length overflow last: A is multiplied by 2^shift, B divided by it.
+inline std::pair<double, double> product_factors(double scale, double a_norm, double b_norm) {
+    constexpr double kLog2E = 1.44269504088896340736, kTiny = 1e-150;
+    const double factor = scale * kLog2E;
+    const int shift = (std::ilogb(std::max(b_norm, kTiny)) -
+                       std::ilogb(std::max(a_norm * std::abs(factor), kTiny))) /
+                      2;
+    return {std::ldexp(factor, shift), std::ldexp(1.0, -shift)};
 }
 
 // A range of panels.

@@ -57,6 +57,10 @@ inline Floats times_power_of_two(Floats v, Floats exponent) {
 inline std::uint32_t less_or_equal(Floats a, Floats b) {
     return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)));
 }
+inline std::uint32_t equal(Ints a, Ints b) {
+    const __m256 bits = _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b));
+    return static_cast<std::uint32_t>(_mm256_movemask_ps(bits));
+}
 inline Ints load_ints(const float* p) {
     return _mm256_castps_si256(_mm256_load_ps(p));
 }

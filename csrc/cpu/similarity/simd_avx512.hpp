@@ -54,6 +54,9 @@ inline Floats times_power_of_two(Floats v, Floats exponent) {
 inline std::uint32_t less_or_equal(Floats a, Floats b) {
     return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
 }
+inline std::uint32_t equal(Ints a, Ints b) {
+    return _mm512_cmpeq_epi32_mask(a, b);
+}
 inline Ints load_ints(const float* p) {
     return _mm512_load_si512(p);
 }

@@ -57,6 +57,10 @@ inline std::uint32_t less_or_equal(Floats a, Floats b) {
     const uint32x4_t bits = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(vcleq_f32(a, b), bits));
 }
+inline std::uint32_t equal(Ints a, Ints b) {
+    const uint32x4_t bits = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vceqq_s32(a, b), bits));
+}
 inline Ints load_ints(const float* p) {
     return vreinterpretq_s32_f32(vld1q_f32(p));
 }

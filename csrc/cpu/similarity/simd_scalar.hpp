@@ -60,6 +60,9 @@ inline Floats times_power_of_two(Floats v, Floats exponent) {
 inline std::uint32_t less_or_equal(Floats a, Floats b) {
     return a <= b ? 1U : 0U;
 }
+inline std::uint32_t equal(Ints a, Ints b) {
+    return a == b ? 1U : 0U;
+}
 inline Ints load_ints(const float* p) {
     Ints word;
     std::memcpy(&word, p, sizeof(word));

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// Epilogue of the similarity engine: gradients of losses over all pairs, from tiles that are
+// recomputed and dropped.
+#pragma once
+
+#include "cpu/isa.hpp"
+#include "cpu/threads.hpp"
+#include "params.hpp"
+
+namespace pyfeat {
+
+// Three products of matrices: S again, dS B and dS^T A, in float32. The same bits from any number
+// of threads. Workspace: 12 bytes for every feature of A and B, and 200 KB for each thread.
+//
+// Throws std::invalid_argument for features that are not finite and for products that could pass
+// 1e36.
+void contrast_gradient_cpu(const ContrastGradientParams& params, Isa isa, Execution& execution);
+
+}  // namespace pyfeat

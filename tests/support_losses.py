@@ -1,0 +1,67 @@
+"""The usual eager losses, which store the similarities of all pairs: what ours are compared with."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def eager_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    labels = torch.arange(len(image))
+    per_image = logit_scale * image @ text.T
+    per_text = logit_scale * text @ image.T
+    losses = [F.cross_entropy(s, labels, reduction="none") for s in (per_image, per_text)]
+    return (losses[0] + losses[1]) / 2
+
+
+def eager_info_nce(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+    labels = torch.arange(len(queries))
+    return F.cross_entropy(scale * queries @ keys.T, labels, reduction="none")
+
+
+def eager_supcon(features: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    s = (scale * features @ features.T).fill_diagonal_(-math.inf)
+    positive = (labels[:, None] == labels).fill_diagonal_(False)
+    counts = positive.sum(dim=1)
+    log_p = s.log_softmax(dim=1)
+    return -log_p.where(positive, 0.0).sum(dim=1) / counts.clamp_min(1)
+
+
+def eager_nt_xent(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+    z = torch.cat([z1, z2])
+    s = (scale * z @ z.T).fill_diagonal_(-math.inf)
+    partners = torch.arange(len(z)).roll(len(z1))
+    return F.cross_entropy(s, partners, reduction="none")
+
+
+def with_gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The losses, and the gradients of their mean by all inputs that are float, in float64."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    value = loss(*leaves)
+    value.mean().backward()  # type: ignore[no-untyped-call]
+    gradients = [x.grad for x in leaves if x.grad is not None]
+    return [value.detach().double(), *(grad.double() for grad in gradients)]
+
+
+def assert_as_good_as_torch(
+    ours: Callable[..., Tensor], eager: Callable[..., Tensor], *inputs: Tensor
+) -> None:
+    """Fail unless the error of every loss and gradient is at most twice the largest that torch makes.
+
+    Errors are those of float32 against ``eager`` in float64. Granted where torch, by chance, makes none:
+    one rounding of the largest element and, for the losses and for the gradient by the scale, the last
+    argument, one of the largest similarity of unit vectors; and what float64 itself rounds.
+    """
+    scale = float(inputs[-1])
+    exact = with_gradients(eager, *(x.double() if x.is_floating_point() else x for x in inputs))
+    for mine, theirs, true in zip(
+        with_gradients(ours, *inputs), with_gradients(eager, *inputs), exact, strict=True
+    ):
+        error, budget = (mine - true).abs(), 2 * (theirs - true).abs().max()
+        rounded = {0: 1.0, 1: scale}.get(true.ndim, 2.0**-27 * scale)
+        floor = 2.0**-24 * float(true.abs().max()) + 2.0**-23 * rounded
+        assert (error <= budget + floor).all(), (
+            f"off by {error.max():.2e} of {true.abs().max():.2e} {tuple(true.shape)}, torch {budget / 2:.2e}"
+        )
