@@ -1,6 +1,6 @@
 """Losses: forward and backward of losses over all pairs.
 
-Features are standard normal, of unit length; every contender returns the loss and its gradients. eager is
+Features are normal, of unit length, those of a pair at a cosine of about 0.3; every contender returns the loss and its gradients. eager is
 the usual formula, which stores the similarities of all pairs: that of open_clip in one process for CLIP,
 and for NT-Xent one matrix of both views. A rate counts the products that any exact method must make:
 three times 2 N M D operations, for the similarities and for both gradients.
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
         """(N, D) each."""
         a = normal_features(self.num_pairs, self.dim, seed=0)
         b = normal_features(self.num_pairs, self.dim, seed=1)
-        return F.normalize(a, dim=1), F.normalize(a + b, dim=1)
+        return F.normalize(a, dim=1), F.normalize(a + 3 * b, dim=1)
 
 
 @pytest.mark.sizes(
