@@ -1,9 +1,9 @@
 """Losses: forward and backward of losses over all pairs.
 
-Features are normal, of unit length, those of a pair at a cosine of about 0.3; every contender returns the loss and its gradients. eager is
-the usual formula, which stores the similarities of all pairs: that of open_clip in one process for CLIP,
-and for NT-Xent one matrix of both views. A rate counts the products that any exact method must make:
-three times 2 N M D operations, for the similarities and for both gradients.
+Features are normal, of unit length, those of a pair at a cosine of about 0.3; every contender returns the
+loss and its gradients. eager is the usual formula, which stores the similarities of all pairs: that of
+open_clip in one process for CLIP, and for NT-Xent one matrix of both views. A rate counts the products
+that any exact method must make: three times 2 N M D operations, for the similarities and both gradients.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.answers import GradientCheck
 from benchmarks.data import normal_features
 from benchmarks.harness import Harness
-from benchmarks.memory import peak_memory_mb
+from benchmarks.memory import in_fresh_process, peak_memory_mb
 from benchmarks.timing import Contender, Work
 from pyfeat.losses import clip_loss, nt_xent
 
@@ -73,13 +73,16 @@ def test_extra_memory(harness: Harness, batch: Batch) -> None:
     """Extra memory.
 
     Growth of the peak resident memory beyond the features and their gradients, `clip_loss` forward and
-    backward.
+    backward, in a process of its own.
     """
+    harness.values(batch, {"pyfeat": in_fresh_process(extra_memory_mb, batch)}, unit="MB")
+
+
+def extra_memory_mb(batch: Batch) -> float:
+    """Beyond features and gradients; for a fresh process."""
     a, b = batch.features()
     _step(clip_loss, a[:64], b[:64], 20.0)()  # loads libraries and starts threads
-    grown = peak_memory_mb(_step(clip_loss, a, b, 20.0))
-    gradients = 2 * 4 * a.numel() / 1e6
-    harness.values(batch, {"pyfeat": grown - gradients}, unit="MB")
+    return peak_memory_mb(_step(clip_loss, a, b, 20.0)) - 2 * 4 * a.numel() / 2**20
 
 
 def eager_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
