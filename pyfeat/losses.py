@@ -83,12 +83,10 @@ def info_nce(
     """
     op = "info_nce"
     check_choice(op, "same_ids", same_ids, ("ignore", "positive"))
-    a, b = checked_features(op, ("queries", queries), ("keys", keys), normalize=normalize)
-    if extra_keys is not None:
-        extra = checked_features(
-            op, ("queries", queries), ("extra_keys", extra_keys), normalize=normalize
-        )
-        b = torch.cat([b, extra[1]])
+    named = [("queries", queries), ("keys", keys)]
+    named += [] if extra_keys is None else [("extra_keys", extra_keys)]
+    a, b, *extra = checked_features(op, *named, normalize=normalize)
+    b = torch.cat([b, *extra]) if extra else b
     num_rows, num_columns = a.shape[0], b.shape[0]
     ids = paired_ids(op, query_ids, key_ids, num_rows, num_columns, a)
     by_ids = ids is not None and same_ids == "positive"

@@ -63,47 +63,30 @@ class ColumnSums {
     std::vector<double> sums_;  // [parts, columns]
 };
 
-// Sums of positive products of one pair of ranges, for every part.
+// Sums of positive products of the rows or the columns of one range, for every part.
 class PositiveParts {
   public:
-    PositiveParts(std::int64_t rows, std::int64_t columns)
-        : rows_(to_size(rows), 0.0), columns_(to_size(columns), 0.0) {}
+    PositiveParts(bool wanted, std::int64_t num_parts, std::int64_t count)
+        : num_parts_(num_parts),
+          count_(count),
+          sums_(wanted ? to_size(num_parts * count) : 0, 0.0) {}
 
-    PositiveSums at(std::int64_t row, std::int64_t column) {
-        return {rows_.empty() ? nullptr : &rows_[to_size(row)],
-                columns_.empty() ? nullptr : &columns_[to_size(column)]};
+    // Null if they are not wanted.
+    double* part(std::int64_t index) {
+        return sums_.empty() ? nullptr : &sums_[to_size(index * count_)];
     }
-    // Adds those of `count` rows, `height` to a part, to `sums`, in natural units.
-    void add_rows(std::int64_t num_parts,
-                  std::int64_t height,
-                  std::int64_t count,
-                  double* sums,
-                  std::int64_t first) const {
-        add(rows_, num_parts, height, count, sums, first);
-    }
-    void add_columns(std::int64_t num_parts,
-                     std::int64_t width,
-                     std::int64_t count,
-                     double* sums,
-                     std::int64_t first) const {
-        add(columns_, num_parts, width, count, sums, first);
-    }
-
-  private:
-    static void add(const std::vector<double>& parts,
-                    std::int64_t num_parts,
-                    std::int64_t stride,
-                    std::int64_t count,
-                    double* sums,
-                    std::int64_t first) {
-        for (std::int64_t p = 0; p < num_parts && !parts.empty(); ++p) {
+    // Adds the first `count` of every part to `totals` from `first` on, in natural units.
+    void add_to(double* totals, std::int64_t first, std::int64_t count) const {
+        for (std::int64_t p = 0; p < num_parts_ && !sums_.empty(); ++p) {
             for (std::int64_t i = 0; i < count; ++i) {
-                sums[first + i] += parts[to_size(p * stride + i)] * Base2::kLog;
+                totals[first + i] += sums_[to_size(p * count_ + i)] * Base2::kLog;
             }
         }
     }
 
-    std::vector<double> rows_, columns_;
+  private:
+    std::int64_t num_parts_, count_;
+    std::vector<double> sums_;  // [parts, count]
 };
 
 // Epilogue of ProductTiles. A row's float32 sums have got at most 4 * kStripPanels = 64 terms each
@@ -213,8 +196,8 @@ class TileSums {
         std::vector<ShiftedSum<Base2>> rows(to_size(parts.num_b * height));
         const std::int64_t width = b_.num_panels * b_.width;
         ColumnSums columns(parts.num_a, width);
-        PositiveParts positives(params_.row_positives == nullptr ? 0 : parts.num_b * height,
-                                params_.column_positives == nullptr ? 0 : parts.num_a * width);
+        PositiveParts row_positives(params_.row_positives != nullptr, parts.num_b, height);
+        PositiveParts column_positives(params_.column_positives != nullptr, parts.num_a, width);
         const ProductTiles<RowAndColumnSums> products(
             kernels_.tile_kernels(Precision::kFloat32), a_, b_, execution_);
         parts.run(execution_, [&](std::int64_t i, std::int64_t j, PanelRange a, PanelRange b) {
@@ -223,12 +206,11 @@ class TileSums {
                                   columns.exponents(i),
                                   columns.sums(i),
                                   terms_.from(first_row, first_column),
-                                  positives.at(j * height, i * width));
+                                  {row_positives.part(j), column_positives.part(i)});
             products.run(a, b, sums);
         });
-        positives.add_rows(parts.num_b, height, a_.num_rows, params_.row_positives, first_row);
-        positives.add_columns(
-            parts.num_a, width, b_.num_rows, params_.column_positives, first_column);
+        row_positives.add_to(params_.row_positives, first_row, a_.num_rows);
+        column_positives.add_to(params_.column_positives, first_column, b_.num_rows);
         merge(parts.num_b,
               a_.num_rows,
               &totals_.rows[to_size(first_row)],

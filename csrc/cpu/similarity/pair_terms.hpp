@@ -8,6 +8,7 @@
 
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/pack.hpp"
+#include "cpu/similarity/products.hpp"
 #include "params.hpp"
 
 namespace pyfeat {
@@ -45,7 +46,6 @@ class PaddedTerms {
         pad(pairs.row_groups, num_rows, kNoRow, row_groups_);
         pad(pairs.column_groups, num_columns, kNoColumn, column_groups_);
         if (pairs.column_bias != nullptr) {
-            constexpr double kLog2E = 1.44269504088896340736;
             column_bias_.reserve(num_columns + kPadding);
             std::fill_n(column_bias_.data(), num_columns + kPadding, 0.0F);
             for (std::int64_t c = 0; c < num_columns; ++c) {

@@ -20,6 +20,8 @@ namespace pyfeat {
 
 constexpr std::int64_t kStripPanels = 16;
 
+constexpr double kLog2E = 1.44269504088896340736;  // 1 / ln 2
+
 // Rows of one factor, `width` to a panel; the last panel is filled up with zeros.
 struct Panels {
     std::int64_t num_rows = 0, num_panels = 0, words = 0;
@@ -105,7 +107,7 @@ inline double largest_norm(const Rows& rows,
 // What A and B are multiplied by for their product to be scale / ln 2 times what it was. Factors of
 // equal length overflow last: A is multiplied by 2^shift, B divided by it.
 inline std::pair<double, double> product_factors(double scale, double a_norm, double b_norm) {
-    constexpr double kLog2E = 1.44269504088896340736, kTiny = 1e-150;
+    constexpr double kTiny = 1e-150;
     const double factor = scale * kLog2E;
     const int shift = (std::ilogb(std::max(b_norm, kTiny)) -
                        std::ilogb(std::max(a_norm * std::abs(factor), kTiny))) /
