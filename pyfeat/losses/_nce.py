@@ -1,15 +1,14 @@
-"""Losses over all pairs of two batches, in memory that grows with the batches and not with the pairs."""
+"""Losses over all pairs of two batches."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyfeat import reference
-from pyfeat._backends import BACKENDS, Backend, select_backend
-from pyfeat._checks import check_choice, distance_dtype_of
-from pyfeat._contrast import Pairs, PairSums, pair_sums
-from pyfeat._loss_arguments import (
+from pyfeat._backends import Backend
+from pyfeat._checks import check_choice
+from pyfeat._contrast import Pairs
+from pyfeat.losses._arguments import (
     are_single,
     check_shape,
     check_symmetric,
@@ -19,9 +18,7 @@ from pyfeat._loss_arguments import (
     positive_number,
     target_columns,
 )
-
-Reduction = Literal["mean", "sum", "none"]
-_REDUCTIONS = ("mean", "sum", "none")
+from pyfeat.losses._reduction import REDUCTIONS, Reduction, reduced, softmax_loss, sums_over
 
 
 def info_nce(
@@ -114,20 +111,20 @@ def info_nce(
         pairs = Pairs(bias, chosen, places, groups[0], groups[1], True, True)
         row_counts = column_counts = torch.ones(num_rows, device=a.device)
     scale = 1.0 / positive_number(op, "temperature", temperature, a)
-    sums = _sums(op, a, b, scale, pairs, columns=symmetric, backend=backend)
-    losses, counted = _softmax_loss(sums.row_lse, sums.row_positives, row_counts, separate=separate)
+    sums = sums_over(op, a, b, scale, pairs, columns=symmetric, backend=backend)
+    losses, counted = softmax_loss(sums.row_lse, sums.row_positives, row_counts, separate=separate)
     if not symmetric:
-        return _reduced(op, losses, counted, reduction, a)
-    back, back_counted = _softmax_loss(
+        return reduced(op, losses, counted, reduction, a)
+    back, back_counted = softmax_loss(
         sums.column_lse, sums.column_positives, column_counts, separate=separate
     )
     if reduction == "none":
         if num_rows != num_columns:
             message = f"{op}: reduction must be 'mean' or 'sum' for N != M, got 'none'"
             raise ValueError(message)
-        return _reduced(op, 0.5 * (losses + back), counted, reduction, a)
+        return reduced(op, 0.5 * (losses + back), counted, reduction, a)
     return 0.5 * (
-        _reduced(op, losses, counted, reduction, a) + _reduced(op, back, back_counted, reduction, a)
+        reduced(op, losses, counted, reduction, a) + reduced(op, back, back_counted, reduction, a)
     )
 
 
@@ -181,7 +178,7 @@ def clip_loss(
         row_counts, column_counts = count_positives(*ids)
     separate = are_single(row_counts, column_counts)
     scale = positive_number(op, "logit_scale", logit_scale, a)
-    sums = _sums(
+    sums = sums_over(
         op,
         a,
         b,
@@ -190,159 +187,13 @@ def clip_loss(
         columns=True,
         backend=backend,
     )
-    losses, counted = _softmax_loss(sums.row_lse, sums.row_positives, row_counts, separate=separate)
-    back, back_counted = _softmax_loss(
+    losses, counted = softmax_loss(sums.row_lse, sums.row_positives, row_counts, separate=separate)
+    back, back_counted = softmax_loss(
         sums.column_lse, sums.column_positives, column_counts, separate=separate
     )
     if reduction == "none" and len(a) == len(b):
-        return _reduced(op, 0.5 * (losses + back), counted, reduction, a)
-    check_choice(op, "reduction", reduction, ("mean", "sum") if len(a) != len(b) else _REDUCTIONS)
+        return reduced(op, 0.5 * (losses + back), counted, reduction, a)
+    check_choice(op, "reduction", reduction, ("mean", "sum") if len(a) != len(b) else REDUCTIONS)
     return 0.5 * (
-        _reduced(op, losses, counted, reduction, a) + _reduced(op, back, back_counted, reduction, a)
+        reduced(op, losses, counted, reduction, a) + reduced(op, back, back_counted, reduction, a)
     )
-
-
-def supcon_loss(
-    features: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float | Tensor = 0.1,
-    normalize: bool = False,
-    reduction: Reduction = "mean",
-    backend: Backend | None = None,
-) -> Tensor:
-    """Supervised contrastive loss: all rows of the same label are positives of each other.
-
-    With ``S = features @ features.T / temperature`` without its diagonal and P(i) the other rows with the
-    label of i, ``loss_i = logsumexp_j S_ij - mean_{j in P(i)} S_ij``, the average outside the logarithm
-    ("out"). Rows without positives have loss 0 and do not count in the mean.
-
-    Args:
-        features: (N, D) float32, float16 or bfloat16, finite, usually of unit length.
-        labels: (N,) int64.
-        temperature: > 0; a tensor () may have a gradient.
-        normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
-        reduction: See above.
-        backend: See above.
-
-    Returns:
-        () float32, or (N,) with reduction "none".
-
-    Memory: O(N D); the (N, N) similarities are never stored.
-    Source: Khosla et al., Supervised contrastive learning, NeurIPS 2020, arXiv:2004.11362.
-
-    Examples:
-        >>> supcon_loss(torch.eye(2)[[0, 1, 0, 1]], torch.tensor([0, 1, 0, 1]), temperature=1.0)
-        tensor(0.5514)
-    """
-    op = "supcon_loss"
-    (a,) = checked_features(op, ("features", features), normalize=normalize)
-    ids = paired_ids(op, labels, labels, len(a), len(a), a, names=("labels", "labels"))
-    if ids is None:
-        message = f"{op}: labels must be given, got None"
-        raise TypeError(message)
-    return _self_loss(op, a, ids[0], temperature, reduction, backend)
-
-
-def nt_xent(
-    z1: Tensor,
-    z2: Tensor,
-    *,
-    temperature: float | Tensor = 0.5,
-    normalize: bool = False,
-    reduction: Reduction = "mean",
-    backend: Backend | None = None,
-) -> Tensor:
-    """Cross-entropy of every view to its partner among all other views of a batch.
-
-    With z the 2 N rows of both and ``S = z @ z.T / temperature`` without its diagonal,
-    ``loss_i = logsumexp_j S_ij - S_ip``, p being the other view of i.
-
-    Args:
-        z1: (N, D) float32, float16 or bfloat16, finite, usually of unit length.
-        z2: (N, D), the other views, dtype and device of ``z1``.
-        temperature: > 0; a tensor () may have a gradient.
-        normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
-        reduction: See above.
-        backend: See above.
-
-    Returns:
-        () float32, or (2 N,) with reduction "none", those of ``z1`` first.
-
-    Memory: O(N D); the (2 N, 2 N) similarities are never stored.
-    Source: Chen et al., A simple framework for contrastive learning of visual representations, ICML
-    2020, arXiv:2002.05709.
-
-    Examples:
-        >>> nt_xent(torch.eye(2), torch.eye(2), temperature=1.0)
-        tensor(0.5514)
-    """
-    op = "nt_xent"
-    a, b = checked_features(op, ("z1", z1), ("z2", z2), normalize=normalize)
-    check_symmetric(op, None, None, len(a), len(b), by_ids=False, names=("z1", "z2"))
-    places = torch.arange(len(a), dtype=torch.int32, device=a.device).repeat(2)
-    z = torch.cat([a, b])
-    return _self_loss(op, z, places, temperature, reduction, backend)
-
-
-def _self_loss(
-    op: str,
-    z: Tensor,
-    ids: Tensor,
-    temperature: float | Tensor,
-    reduction: Reduction,
-    backend: Backend | None,
-) -> Tensor:
-    """Rows against all other rows; those of equal ids are positive."""
-    counts = count_positives(ids, ids)[0] - 1.0
-    separate = are_single(counts)
-    places = torch.arange(len(z), dtype=torch.int32, device=z.device)
-    scale = 1.0 / positive_number(op, "temperature", temperature, z)
-    pairs = Pairs(None, ids, ids, places, places, separate_positives=separate)
-    sums = _sums(op, z, z, scale, pairs, columns=False, backend=backend)
-    losses, counted = _softmax_loss(sums.row_lse, sums.row_positives, counts, separate=separate)
-    return _reduced(op, losses, counted, reduction, z)
-
-
-def _sums(
-    op: str,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    pairs: Pairs,
-    *,
-    columns: bool,
-    backend: Backend | None,
-) -> PairSums:
-    check_choice(op, "backend", backend, (None, *BACKENDS))
-    if select_backend(op, backend, a) == "reference":
-        return PairSums(*reference.pair_sums(a, b, scale, *pairs))
-    return pair_sums(a, b, scale, pairs, columns=columns)
-
-
-def _softmax_loss(
-    lse: Tensor, positives: Tensor, counts: Tensor, *, separate: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses and which of them count: those with a positive.
-
-    ``lse`` is over all keys, or ``separate``: over all but the only positive one.
-    """
-    counted = counts > 0
-    # Where nothing counts the log-sum-exp is -inf, which must not meet a gradient.
-    lse = lse.masked_fill(~counted, 0.0)
-    mean = positives / counts.clamp_min(1.0).double()
-    losses = torch.nn.functional.softplus(lse - mean) if separate else lse - mean
-    return losses.where(counted, 0.0), counted
-
-
-def _reduced(
-    op: str, losses: Tensor, counted: Tensor, reduction: Reduction, features: Tensor
-) -> Tensor:
-    dtype = distance_dtype_of(features)
-    check_choice(op, "reduction", reduction, _REDUCTIONS)
-    if reduction == "none":
-        return losses.to(dtype)
-    total = losses.sum()
-    if reduction == "mean":
-        total = total / counted.sum().clamp_min(1)
-    return total.to(dtype)

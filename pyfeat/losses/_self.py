@@ -1,0 +1,118 @@
+"""Losses over all pairs of one batch with itself."""
+
+import torch
+from torch import Tensor
+
+from pyfeat._backends import Backend
+from pyfeat._contrast import Pairs
+from pyfeat.losses._arguments import (
+    are_single,
+    check_symmetric,
+    checked_features,
+    count_positives,
+    paired_ids,
+    positive_number,
+)
+from pyfeat.losses._reduction import Reduction, reduced, softmax_loss, sums_over
+
+
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = False,
+    reduction: Reduction = "mean",
+    backend: Backend | None = None,
+) -> Tensor:
+    """Supervised contrastive loss: all rows of the same label are positives of each other.
+
+    With ``S = features @ features.T / temperature`` without its diagonal and P(i) the other rows with the
+    label of i, ``loss_i = logsumexp_j S_ij - mean_{j in P(i)} S_ij``, the average outside the logarithm
+    ("out"). Rows without positives have loss 0 and do not count in the mean.
+
+    Args:
+        features: (N, D) float32, float16 or bfloat16, finite, usually of unit length.
+        labels: (N,) int64.
+        temperature: > 0; a tensor () may have a gradient.
+        normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
+        reduction: See above.
+        backend: See above.
+
+    Returns:
+        () float32, or (N,) with reduction "none".
+
+    Memory: O(N D); the (N, N) similarities are never stored.
+    Source: Khosla et al., Supervised contrastive learning, NeurIPS 2020, arXiv:2004.11362.
+
+    Examples:
+        >>> supcon_loss(torch.eye(2)[[0, 1, 0, 1]], torch.tensor([0, 1, 0, 1]), temperature=1.0)
+        tensor(0.5514)
+    """
+    op = "supcon_loss"
+    (a,) = checked_features(op, ("features", features), normalize=normalize)
+    ids = paired_ids(op, labels, labels, len(a), len(a), a, names=("labels", "labels"))
+    if ids is None:
+        message = f"{op}: labels must be given, got None"
+        raise TypeError(message)
+    return _self_loss(op, a, ids[0], temperature, reduction, backend)
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    normalize: bool = False,
+    reduction: Reduction = "mean",
+    backend: Backend | None = None,
+) -> Tensor:
+    """Cross-entropy of every view to its partner among all other views of a batch.
+
+    With z the 2 N rows of both and ``S = z @ z.T / temperature`` without its diagonal,
+    ``loss_i = logsumexp_j S_ij - S_ip``, p being the other view of i.
+
+    Args:
+        z1: (N, D) float32, float16 or bfloat16, finite, usually of unit length.
+        z2: (N, D), the other views, dtype and device of ``z1``.
+        temperature: > 0; a tensor () may have a gradient.
+        normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
+        reduction: See above.
+        backend: See above.
+
+    Returns:
+        () float32, or (2 N,) with reduction "none", those of ``z1`` first.
+
+    Memory: O(N D); the (2 N, 2 N) similarities are never stored.
+    Source: Chen et al., A simple framework for contrastive learning of visual representations, ICML
+    2020, arXiv:2002.05709.
+
+    Examples:
+        >>> nt_xent(torch.eye(2), torch.eye(2), temperature=1.0)
+        tensor(0.5514)
+    """
+    op = "nt_xent"
+    a, b = checked_features(op, ("z1", z1), ("z2", z2), normalize=normalize)
+    check_symmetric(op, None, None, len(a), len(b), by_ids=False, names=("z1", "z2"))
+    places = torch.arange(len(a), dtype=torch.int32, device=a.device).repeat(2)
+    z = torch.cat([a, b])
+    return _self_loss(op, z, places, temperature, reduction, backend)
+
+
+def _self_loss(
+    op: str,
+    z: Tensor,
+    ids: Tensor,
+    temperature: float | Tensor,
+    reduction: Reduction,
+    backend: Backend | None,
+) -> Tensor:
+    """Rows against all other rows; those of equal ids are positive."""
+    counts = count_positives(ids, ids)[0] - 1.0
+    separate = are_single(counts)
+    places = torch.arange(len(z), dtype=torch.int32, device=z.device)
+    scale = 1.0 / positive_number(op, "temperature", temperature, z)
+    pairs = Pairs(None, ids, ids, places, places, separate_positives=separate)
+    sums = sums_over(op, z, z, scale, pairs, columns=False, backend=backend)
+    losses, counted = softmax_loss(sums.row_lse, sums.row_positives, counts, separate=separate)
+    return reduced(op, losses, counted, reduction, z)
