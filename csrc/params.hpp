@@ -88,10 +88,18 @@ struct PairTerms {
     // Log-sum-exps are over what is not positive: where one similarity outweighs all others, its
     // distance to them keeps its digits.
     bool separate_positives = false;
+    bool only_positives = false;  // log-sum-exps are over what is positive
 
     bool empty() const {
         return column_bias == nullptr && row_ids == nullptr && row_groups == nullptr;
     }
+};
+
+// Tiles of the product that the forward pass leaves to the backward pass: those of the first rows
+// of A, tile after tile.
+struct KeptTiles {
+    float* products = nullptr;
+    std::int64_t num_panels = 0;  // of rows of A
 };
 
 // Sums over the rows and the columns of S.
@@ -105,24 +113,58 @@ struct LogSumExpParams {
     PairTerms pairs;                  // float32 products only
     double* row_positives = nullptr;  // [L], sums of S over positive columns; null: not wanted
     double* column_positives = nullptr;  // [S]
+    // [L], the largest S of every row that counts and is not positive, -infinity where there is
+    // none; null: not wanted.
+    double* row_largest = nullptr;
+    // A and B are the same rows, and pairs say the same of ij and ji: half of the products do. Then
+    // nothing is written for columns.
+    bool itself = false;
+    KeptTiles kept;
 };
 
-// Gradients of a loss by A and B, given those by its sums. With P = exp(S - row_lse) and R =
-// exp(S - column_lse) they are those of
+// What a matrix dS [L, S] is multiplied with, and where to.
+struct PairProducts {
+    Rows a_values;  // [L, E]
+    Rows b_values;  // [S, F]
+    float* a;       // [L, F], dS b_values, contiguous; null: not wanted
+    float* b;       // [S, E], dS^T a_values, contiguous; null: not wanted
+};
+
+// Products with scale dS, the gradients of a loss by A and B if values are the features. With
+// P = exp(S - row_lse) and R = exp(S - column_lse),
 //   dS = row_weights P + column_weights R + (row_positives + column_positives where positive).
 struct ContrastGradientParams {
     Rows a;  // [L, D]
     Rows b;  // [S, D]
     double scale;
     PairTerms pairs;
+    PairProducts products;
     const double* row_lse;           // [L]
     const double* column_lse;        // [S]; null: columns have no part
     const double* row_weights;       // [L]
     const double* column_weights;    // [S]
     const double* row_positives;     // [L]
     const double* column_positives;  // [S]
-    float* grad_a;                   // [L, D], contiguous
-    float* grad_b;                   // [S, D], contiguous
+    // A and B are the same rows, and so are values and what is said of rows and columns: half of
+    // the pairs do, and only products.a is written.
+    bool itself;
+    KeptTiles kept;
+};
+
+// Of Z = scale * A B^T + bias the sums of softplus(Z), and products with the gradient of what rows
+// weigh: scale dZ = scale * (weights sigmoid(Z) + (positive_weights where positive)).
+struct SoftplusParams {
+    Rows a;  // [L, D]
+    Rows b;  // [S, D]
+    double scale;
+    double bias;
+    PairTerms pairs;
+    PairProducts products;
+    const double* weights;           // [L]
+    const double* positive_weights;  // [L]
+    double* softplus;                // [L]
+    double* sigmoids;                // [L], sums of sigmoid(Z)
+    double* positives;               // [L], sums of scale * A B^T over positive columns
 };
 
 // Counts of one search, for tests and benchmarks.

@@ -36,6 +36,7 @@ class PairTerms:
         column_groups: int = 0,
         keep_positives: bool = False,
         separate_positives: bool = False,
+        only_positives: bool = False,
     ) -> None: ...
 
 class PackedMemory:
@@ -116,6 +117,9 @@ def log_sum_exp_cpu(
     pairs: PairTerms = ...,
     row_positives: int = 0,
     column_positives: int = 0,
+    row_largest: int = 0,
+    itself: bool = False,
+    kept: tuple[int, int] = (0, 0),
 ) -> None: ...
 def contrast_gradient_cpu(
     a: _Matrix,
@@ -124,9 +128,23 @@ def contrast_gradient_cpu(
     pairs: PairTerms,
     rows: tuple[int, int, int],
     columns: tuple[int, int, int],
-    grad_a: int,
-    grad_b: int,
+    products: tuple[_Matrix, _Matrix, int, int],
+    num_threads: int,
+    isa: str = "",
+    itself: bool = False,
+    kept: tuple[int, int] = (0, 0),
+) -> None: ...
+def softplus_cpu(
+    a: _Matrix,
+    b: _Matrix,
+    scale: float,
+    bias: float,
+    pairs: PairTerms,
+    weights: tuple[int, int],
+    sums: tuple[int, int, int],
+    products: tuple[_Matrix, _Matrix, int, int],
     num_threads: int,
     isa: str = "",
 ) -> None: ...
+def tile_shape(isa: str = "") -> tuple[int, int]: ...
 def power_of_two(exponents: int, count: int, powers: int, isa: str = "") -> None: ...

@@ -22,12 +22,13 @@ def sums_over(
     pairs: Pairs,
     *,
     columns: bool,
+    itself: bool = False,
     backend: Backend | None,
 ) -> PairSums:
     check_choice(op, "backend", backend, (None, *BACKENDS))
     if select_backend(op, backend, a) == "reference":
         return PairSums(*reference.pair_sums(a, b, scale, *pairs))
-    return pair_sums(a, b, scale, pairs, columns=columns)
+    return pair_sums(a, b, scale, pairs, columns=columns, itself=itself)
 
 
 def softmax_loss(

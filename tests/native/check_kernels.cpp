@@ -15,14 +15,11 @@
 #include <unistd.h>
 #endif
 
+#include "check_contrast.hpp"
+#include "checks.hpp"
 #include "cpu/similarity/kernels.hpp"
 
 namespace {
-
-using namespace pyfeat;
-
-const Kernels& checked = PYFEAT_CHECKED::kernels;
-int num_wrong = 0;
 
 // Of the bits of all products: kernels that add up in the same order have the same.
 std::uint64_t fingerprint = 14695981039346656037U;
@@ -32,30 +29,6 @@ void add_to_fingerprint(const float* products, int count) {
         std::uint32_t bits;
         std::memcpy(&bits, products + i, sizeof(bits));
         fingerprint = (fingerprint ^ bits) * 1099511628211U;
-    }
-}
-
-// Floats on a 64-byte boundary, NaN where nothing is written.
-class AlignedFloats {
-  public:
-    explicit AlignedFloats(std::int64_t count)
-        : room_(static_cast<std::size_t>(count) + 16, std::numeric_limits<float>::quiet_NaN()) {
-        const auto address = reinterpret_cast<std::uintptr_t>(room_.data());
-        data_ = room_.data() + (64 - address % 64) % 64 / 4;
-    }
-    float* data() {
-        return data_;
-    }
-
-  private:
-    std::vector<float> room_;
-    float* data_;
-};
-
-void expect(bool right, const char* what, int precision, std::int64_t dim) {
-    if (!right) {
-        std::printf("%s is wrong, precision %d, D = %lld\n", what, precision, (long long)dim);
-        ++num_wrong;
     }
 }
 
@@ -222,104 +195,6 @@ void check_tiles(const TileKernels& tiles, int precision, std::int64_t dim, std:
 }
 
 // The products of one tile, as powers of two, and what a loss does with them.
-void check_contrast(std::mt19937& random) {
-    const TileKernels& tiles = checked.tile_kernels(Precision::kFloat32);
-    const int num_rows = tiles.queries, num_columns = tiles.rows;
-    std::normal_distribution<float> normal;
-    AlignedFloats products(num_rows * num_columns);
-    AlignedFloats bias(num_columns), row_ids(num_rows), column_ids(num_columns);
-    AlignedFloats row_terms(3 * num_rows), column_terms(3 * num_columns + 64);
-    AlignedFloats gradient(num_rows * kGradientStride);
-    const auto fill = [&](AlignedFloats& values, int count, auto make) {
-        for (int i = 0; i < count; ++i) {
-            const auto value = make();
-            std::memcpy(values.data() + i, &value, sizeof(float));
-        }
-    };
-    const auto id = [&] { return static_cast<std::int32_t>(random() % 4); };
-    const auto shift = [&] { return std::rint(normal(random)) + 4.0F; };
-    fill(products, num_rows * num_columns, [&] { return normal(random); });
-    fill(bias, num_columns, [&] { return normal(random); });
-    fill(row_ids, num_rows, id);
-    fill(column_ids, num_columns, id);
-    float* rows[3];
-    float* columns[3];  // on 64-byte boundaries
-    for (int i = 0; i < 3; ++i) {
-        rows[i] = row_terms.data() + i * num_rows;
-        columns[i] = column_terms.data() + i * 32;
-        for (int r = 0; r < num_rows; ++r) {
-            rows[i][r] = i == 0 ? shift() : normal(random);
-        }
-        for (int c = 0; c < num_columns; ++c) {
-            columns[i][c] = i == 0 ? shift() : normal(random);
-        }
-    }
-    for (const bool separate : {false, true}) {
-        const PairTile pairs{
-            bias.data(), row_ids.data(), column_ids.data(), nullptr, nullptr, false, separate};
-        double row_sums[kMaxTileQueries] = {}, expected_sums[kMaxTileQueries] = {};
-        AlignedFloats tile(num_rows * num_columns);
-        std::memcpy(tile.data(),
-                    products.data(),
-                    static_cast<std::size_t>(num_rows * num_columns) * sizeof(float));
-        checked.contrast.adjust(tile.data(), pairs, {row_sums, nullptr});
-        checked.contrast.gradient(products.data(),
-                                  pairs,
-                                  {rows[0], rows[1], rows[2]},
-                                  {columns[0], columns[1], columns[2]},
-                                  gradient.data());
-        for (int r = 0; r < num_rows; ++r) {
-            for (int c = 0; c < num_columns; ++c) {
-                const float x = products.data()[r * num_columns + c] + bias.data()[c];
-                const bool positive =
-                    std::memcmp(row_ids.data() + r, column_ids.data() + c, sizeof(float)) == 0;
-                expected_sums[r] += positive ? static_cast<double>(x) : 0.0;
-                const float kept = positive && separate ? kNoProduct : x;
-                expect(tile.data()[r * num_columns + c] == kept, "adjusted product", 0, separate);
-                double exact = 0.0;
-                if (!positive || !separate) {
-                    exact = rows[1][r] * std::exp2(static_cast<double>(x) - rows[0][r]) +
-                            columns[1][c] * std::exp2(static_cast<double>(x) - columns[0][c]);
-                }
-                exact += positive ? static_cast<double>(rows[2][r]) + columns[2][c] : 0.0;
-                expect(std::abs(gradient.data()[r * kGradientStride + c] - exact) <= 1e-5,
-                       "gradient of a pair",
-                       0,
-                       separate);
-            }
-            expect(std::abs(row_sums[r] - expected_sums[r]) <= 1e-5, "positive sum", 0, separate);
-        }
-    }
-    // Products with features: all rows of the tile but the last are written.
-    constexpr int kCount = 5;
-    AlignedFloats factor(kCount * kGradientStride), panel(kCount * num_columns);
-    AlignedFloats sums(num_rows * num_columns), transposed(num_rows * num_columns);
-    const auto feature = [&] { return normal(random); };
-    fill(gradient, num_rows * static_cast<int>(kGradientStride), feature);
-    fill(factor, kCount * static_cast<int>(kGradientStride), feature);
-    fill(panel, kCount * num_columns, feature);
-    fill(sums, num_rows * num_columns, [] { return 1.0F; });
-    fill(transposed, num_rows * num_columns, [] { return 1.0F; });
-    const auto& contrast = checked.contrast;
-    contrast.multiply(
-        kCount, gradient.data(), panel.data(), sums.data(), num_columns, num_rows - 1);
-    contrast.multiply_transposed(
-        kCount, factor.data(), panel.data(), transposed.data(), num_columns, num_rows - 1);
-    for (int r = 0; r < num_rows; ++r) {
-        for (int d = 0; d < num_columns; ++d) {
-            double plain = 1.0, turned = 1.0;
-            for (int w = 0; w < kCount && r < num_rows - 1; ++w) {
-                const double value = panel.data()[w * num_columns + d];
-                plain += gradient.data()[r * kGradientStride + w] * value;
-                turned += factor.data()[w * kGradientStride + r] * value;
-            }
-            const int at = r * num_columns + d;
-            expect(std::abs(sums.data()[at] - plain) <= 1e-5, "product with features", 0, d);
-            expect(std::abs(transposed.data()[at] - turned) <= 1e-5, "its transpose", 0, d);
-        }
-    }
-}
-
 void check_largest_bytes() {
     // Bytes at their limits, where narrow sums would overflow.
     const std::int64_t dim = 4096;
@@ -370,6 +245,12 @@ int main() {
         }
     }
     check_contrast(random);
+    for (const bool itself : {false, true}) {
+        for (const std::int64_t num_rows : {1, 95, 97, 200, 389, 1000}) {
+            check_schedule(num_rows, num_rows, itself);
+        }
+    }
+    check_schedule(70, 1000, false);
     check_largest_bytes();
     std::printf("fingerprint %llx, %d wrong\n", (unsigned long long)fingerprint, num_wrong);
     return num_wrong == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

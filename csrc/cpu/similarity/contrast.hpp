@@ -9,8 +9,9 @@
 
 namespace pyfeat {
 
-// Three products of matrices: S again, dS B and dS^T A, in float32. The same bits from any number
-// of threads. Workspace: 12 bytes for every feature of A and B, and 200 KB for each thread.
+// Three products of matrices: S again unless it was kept, dS B and dS^T A, in float32; two of a
+// batch with itself. The same bits from any number of threads. Workspace: 12 bytes for every
+// feature of A and B, and 200 KB for each thread.
 //
 // Throws std::invalid_argument for features that are not finite and for products that could pass
 // 1e36.

@@ -21,9 +21,7 @@ struct Power {
 // it, so f q is off by less than u/2, and by u/4 more where the product is rounded for itself. With
 // 0.07 u for the fit and half a unit for the last sum, units being u below 1 and 2u from 1 on, 2^f
 // is off by less than 1.4 units in the last place. Whole x give exact powers.
-inline Power split_power(Floats x) {
-    const Floats exponent = round_to_whole(x);
-    const Floats f = subtract(x, exponent);
+inline Power power_of(Floats exponent, Floats f) {
     Floats q = broadcast(0x1.417a5cp-13F);
     q = multiply_add(q, f, broadcast(0x1.5f0946p-10F));
     q = multiply_add(q, f, broadcast(0x1.3b2dd2p-7F));
@@ -31,6 +29,17 @@ inline Power split_power(Floats x) {
     q = multiply_add(q, f, broadcast(0x1.ebfbdcp-3F));
     q = multiply_add(q, f, broadcast(0x1.62e430p-1F));
     return {multiply_add(q, f, broadcast(1.0F)), exponent};
+}
+
+inline Power split_power(Floats x) {
+    const Floats exponent = round_to_whole(x);
+    return power_of(exponent, subtract(x, exponent));
+}
+
+// Of x + more, `more` being below 2^-10: a little beyond 1/2 the fit is as good.
+inline Power split_power(Floats x, Floats more) {
+    const Floats exponent = round_to_whole(x);
+    return power_of(exponent, add(subtract(x, exponent), more));
 }
 
 // 2^(x - shift) for a whole shift >= x - 127.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -62,6 +63,11 @@ struct Tile {
     ErrorBounds bounds;            // of the row panel
 };
 
+// A range of panels, or of rows.
+struct PanelRange {
+    std::int64_t first, end;
+};
+
 // Terms of one float32 sum where a product is taken for its own sake.
 constexpr std::int64_t kSumBlock = 64;
 
@@ -105,6 +111,10 @@ struct TileKernels {
     std::int64_t words(std::int64_t dim) const {
         const std::int64_t step = packed_values * step_words;
         return (dim + step - 1) / step * step_words;
+    }
+    // Where the rows of a batch that is both factors can be cut.
+    std::int64_t own_unit() const {
+        return std::lcm(queries, rows);
     }
     // 4-byte words of one row of a row panel.
     std::int64_t row_words(std::int64_t dim) const {
@@ -182,12 +192,15 @@ struct PairTile {
     const float *row_groups, *column_groups;  // [MR], [NR], left out where equal,
     bool keep_positives;                      // unless positive
     bool separate_positives;                  // positive pairs have no power
+    bool only_positives;                      // others have none
 };
 
-// Sums of the products of positive pairs; null where not wanted.
-struct PositiveSums {
-    double* rows;     // [MR]
-    double* columns;  // [NR]
+// Of the products of a tile; null where not wanted.
+struct ProductStatistics {
+    double* row_positives;     // [MR], sums over positive pairs
+    double* column_positives;  // [NR]
+    float* row_largest;        // [MR], of pairs that count and are not positive
+    float* column_largest;     // [NR]
 };
 
 // A row's or a column's part of the gradient: weight * 2^(product - shift) for every pair, shifts
@@ -196,15 +209,29 @@ struct GradientTerms {
     const float *shifts, *weights, *positives;
 };
 
+// Z = products + bias, bias = bias + bias_rest in units of the products.
+struct SoftplusTerms {
+    float bias, bias_rest;
+    int num_columns;         // that are there
+    const float* weights;    // [MR]
+    const float* positives;  // [MR]
+};
+
+struct SoftplusSums {
+    float* softplus;    // [MR, lanes]
+    float* sigmoids;    // [MR, lanes]
+    double* positives;  // [MR], sums of products of positive pairs
+};
+
 constexpr std::int64_t kGradientRows = 96;      // a multiple of every MR
 constexpr std::int64_t kGradientColumns = 480;  // a multiple of every NR
 // From one row to the next; not a multiple of 2 KB, which would fill few sets of the cache.
 constexpr std::int64_t kGradientStride = kGradientColumns + 16;
 
 struct ContrastKernels {
-    // Adds the bias to products [MR, NR], adds up the positive ones, and puts kNoProduct in place
-    // of those that have no power.
-    void (*adjust)(float* products, const PairTile& pairs, const PositiveSums& sums);
+    // Adds the bias to products [MR, NR], takes their statistics, and puts kNoProduct in place of
+    // those that have no power.
+    void (*adjust)(float* products, const PairTile& pairs, const ProductStatistics& statistics);
 
     // gradient[r, c], MR rows of stride kGradientStride, from products that are not adjusted;
     // columns have no part if their terms are null.
@@ -212,6 +239,15 @@ struct ContrastKernels {
                      const PairTile& pairs,
                      const GradientTerms& rows,
                      const GradientTerms& columns,
+                     float* gradient);
+
+    // Adds softplus(Z) and sigmoid(Z) of pairs that count to the sums and writes
+    // gradient[r, c] = weights[r] sigmoid(Z), plus positives[r] for positive pairs, 0 for those
+    // that do not count; MR rows of stride kGradientStride.
+    void (*softplus)(const float* products,
+                     const PairTile& pairs,
+                     const SoftplusTerms& terms,
+                     const SoftplusSums& sums,
                      float* gradient);
 
     // sums[r, d] += gradient[r, w] panel[w, d] over `count` of w, for MR r and NR d;

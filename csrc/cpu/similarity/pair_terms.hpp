@@ -31,14 +31,17 @@ struct TileTerms {
                 at(terms.row_groups, row),
                 at(terms.column_groups, column),
                 terms.keep_positives,
-                terms.separate_positives};
+                terms.separate_positives,
+                terms.only_positives};
     }
 };
 
 class PaddedTerms {
   public:
     PaddedTerms(const PairTerms& pairs, std::int64_t num_rows, std::int64_t num_columns)
-        : keep_positives_(pairs.keep_positives), separate_positives_(pairs.separate_positives) {
+        : keep_positives_(pairs.keep_positives),
+          separate_positives_(pairs.separate_positives),
+          only_positives_(pairs.only_positives) {
         // Ids of rows and columns that are not there equal none.
         constexpr std::int32_t kNoRow = -1, kNoColumn = -2;
         pad(pairs.row_ids, num_rows, kNoRow, row_ids_);
@@ -63,7 +66,8 @@ class PaddedTerms {
                              row_groups_.data(),
                              column_groups_.data(),
                              keep_positives_,
-                             separate_positives_}};
+                             separate_positives_,
+                             only_positives_}};
         return {all.tile(row, column)};
     }
 
@@ -85,7 +89,7 @@ class PaddedTerms {
     }
 
     AlignedFloats column_bias_, row_ids_, column_ids_, row_groups_, column_groups_;
-    bool keep_positives_, separate_positives_;
+    bool keep_positives_, separate_positives_, only_positives_;
 };
 
 }  // namespace pyfeat

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/pack.hpp"
@@ -19,6 +20,9 @@
 namespace pyfeat {
 
 constexpr std::int64_t kStripPanels = 16;
+
+// Of scale |a| |b|, so that float32 holds all products in powers of two.
+constexpr double kLargestProduct = 1e36;
 
 constexpr double kLog2E = 1.44269504088896340736;  // 1 / ln 2
 
@@ -115,10 +119,31 @@ inline std::pair<double, double> product_factors(double scale, double a_norm, do
     return {std::ldexp(factor, shift), std::ldexp(1.0, -shift)};
 }
 
-// A range of panels.
-struct PanelRange {
-    std::int64_t first, end;
-};
+// The factors, after checks that no product can pass `limit`.
+inline std::pair<double, double> checked_factors(const char* op,
+                                                 const Rows& a,
+                                                 const Rows& b,
+                                                 double scale,
+                                                 double limit,
+                                                 const Kernels& kernels,
+                                                 Execution& execution) {
+    constexpr double kLargestScale = 1e36;
+    PYFEAT_CHECK(a.dim == b.dim, op, ": a and b must have the same width");
+    PYFEAT_CHECK(std::abs(scale) <= kLargestScale,
+                 op,
+                 ": scale must be at most 1e36 in magnitude, got ",
+                 scale);
+    const double a_norm = largest_norm(a, op, "a", kernels, execution);
+    const double b_norm = largest_norm(b, op, "b", kernels, execution);
+    const double largest = a_norm * b_norm * std::abs(scale);
+    PYFEAT_CHECK(largest <= limit,
+                 op,
+                 ": scale |a| |b| must be at most ",
+                 limit,
+                 " for the longest rows, got ",
+                 largest);
+    return product_factors(scale, a_norm, b_norm);
+}
 
 template <typename Epilogue>
 class ProductTiles {
@@ -129,6 +154,17 @@ class ProductTiles {
         const std::int64_t panel_bytes = std::max<std::int64_t>(4 * b.words * b.width, 1);
         strip_ =
             std::clamp<std::int64_t>(second_level_cache_bytes() / 2 / panel_bytes, 1, kStripPanels);
+    }
+
+    // Keeps the tiles too; the panels here are those from these on, of so many panels of B.
+    void keep(const KeptTiles& kept,
+              std::int64_t first_a_panel,
+              std::int64_t first_b_panel,
+              std::int64_t num_b_panels) {
+        kept_ = kept;
+        first_a_panel_ = first_a_panel;
+        first_b_panel_ = first_b_panel;
+        num_b_panels_ = num_b_panels;
     }
 
     // Returns early if asked to stop.
@@ -143,6 +179,12 @@ class ProductTiles {
                 for (std::int64_t j = first; j < end; ++j) {
                     alignas(64) float products[kMaxTileQueries * kMaxTileRows];
                     tiles_.multiply(a_.words, a_.panel(i), b_.panel(j), products);
+                    if (first_a_panel_ + i < kept_.num_panels) {
+                        const std::int64_t size = tiles_.queries * tiles_.rows;
+                        const std::int64_t tile =
+                            (first_a_panel_ + i) * num_b_panels_ + first_b_panel_ + j;
+                        std::copy_n(products, size, kept_.products + tile * size);
+                    }
                     hide_missing(a_.count(i), b_.count(j), products);
                     epilogue.add_tile(products, i, j);
                 }
@@ -168,6 +210,8 @@ class ProductTiles {
     const Panels& b_;
     Execution& execution_;
     std::int64_t strip_;
+    KeptTiles kept_;
+    std::int64_t first_a_panel_ = 0, first_b_panel_ = 0, num_b_panels_ = 0;
 };
 
 }  // namespace pyfeat

@@ -7,6 +7,7 @@
 // rows are signed, those of queries are whole numbers in [-kQueryLevels, kQueryLevels] plus
 // kQueryOffset. low_halves and high_halves widen the two bfloat16 of each 32-bit word.
 //
+// if_negative(v, a, b) is a where v < 0, b where v > 0, and either where v is 0.
 // round_to_whole(v) goes to the nearest whole number, ties to even. times_power_of_two(v, exponent)
 // is v * 2^exponent, exactly, for whole exponents up to 127 and v in [0.5, 2); what comes out below
 // 2^-126 may lose digits or be 0.

@@ -42,8 +42,14 @@ inline Floats add(Floats a, Floats b) {
 inline Floats subtract(Floats a, Floats b) {
     return _mm256_sub_ps(a, b);
 }
+inline Floats divide(Floats a, Floats b) {
+    return _mm256_div_ps(a, b);
+}
 inline Floats maximum(Floats a, Floats b) {
     return _mm256_max_ps(a, b);
+}
+inline Floats if_negative(Floats v, Floats a, Floats b) {
+    return _mm256_blendv_ps(b, a, v);
 }
 inline Floats round_to_whole(Floats v) {
     return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

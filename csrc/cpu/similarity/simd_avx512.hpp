@@ -42,8 +42,14 @@ inline Floats add(Floats a, Floats b) {
 inline Floats subtract(Floats a, Floats b) {
     return _mm512_sub_ps(a, b);
 }
+inline Floats divide(Floats a, Floats b) {
+    return _mm512_div_ps(a, b);
+}
 inline Floats maximum(Floats a, Floats b) {
     return _mm512_max_ps(a, b);
+}
+inline Floats if_negative(Floats v, Floats a, Floats b) {
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(v)), b, a);
 }
 inline Floats round_to_whole(Floats v) {
     return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

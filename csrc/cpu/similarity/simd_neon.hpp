@@ -42,8 +42,14 @@ inline Floats add(Floats a, Floats b) {
 inline Floats subtract(Floats a, Floats b) {
     return vsubq_f32(a, b);
 }
+inline Floats divide(Floats a, Floats b) {
+    return vdivq_f32(a, b);
+}
 inline Floats maximum(Floats a, Floats b) {
     return vmaxq_f32(a, b);
+}
+inline Floats if_negative(Floats v, Floats a, Floats b) {
+    return vbslq_f32(vcltq_f32(v, vdupq_n_f32(0.0F)), a, b);
 }
 inline Floats round_to_whole(Floats v) {
     return vrndnq_f32(v);

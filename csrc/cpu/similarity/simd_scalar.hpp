@@ -40,8 +40,14 @@ inline Floats add(Floats a, Floats b) {
 inline Floats subtract(Floats a, Floats b) {
     return a - b;
 }
+inline Floats divide(Floats a, Floats b) {
+    return a / b;
+}
 inline Floats maximum(Floats a, Floats b) {
     return a > b ? a : b;
+}
+inline Floats if_negative(Floats v, Floats a, Floats b) {
+    return v < 0.0F ? a : b;
 }
 inline Floats round_to_whole(Floats v) {
     // From 2^23 on floats are whole; below, adding and taking away 2^23 rounds.

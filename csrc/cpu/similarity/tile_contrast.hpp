@@ -18,12 +18,15 @@ inline std::uint32_t columns_like(const float* row_id, const float* column_ids) 
     return mask;
 }
 
+constexpr std::uint32_t kAllColumns = 0xFFFFFFFFU >> (32 - kTileRows);
+
+// Bits of the columns of a row; `powerless` holds `left_out`.
 struct PairMasks {
-    std::uint32_t positive, left_out;
+    std::uint32_t positive, left_out, powerless;
 };
 
 inline PairMasks masks_of(const pyfeat::PairTile& pairs, int row) {
-    PairMasks masks{0, 0};
+    PairMasks masks{0, 0, 0};
     if (pairs.row_ids != nullptr) {
         masks.positive = columns_like(pairs.row_ids + row, pairs.column_ids);
     }
@@ -34,6 +37,13 @@ inline PairMasks masks_of(const pyfeat::PairTile& pairs, int row) {
         } else {
             masks.positive &= ~masks.left_out;
         }
+    }
+    masks.powerless = masks.left_out;
+    if (pairs.separate_positives) {
+        masks.powerless |= masks.positive;
+    }
+    if (pairs.only_positives) {
+        masks.powerless |= kAllColumns & ~masks.positive;
     }
     return masks;
 }
@@ -54,7 +64,28 @@ inline void load_bias(const float* bias, Floats* values) {
     }
 }
 
-void adjust_tile(float* products, const pyfeat::PairTile& pairs, const pyfeat::PositiveSums& sums) {
+// The largest products of one row and of the columns so far, without those in `mask`.
+inline void take_largest(const float* row,
+                         std::uint32_t mask,
+                         float* row_largest,
+                         float* column_largest) {
+    float values[kTileRows], largest = *row_largest;
+    for (int c = 0; c < kTileRows; ++c) {
+        values[c] = row[c];
+    }
+    for_bits(mask, [&](int c) { values[c] = pyfeat::kNoProduct; });
+    for (int c = 0; c < kTileRows; ++c) {
+        largest = largest > values[c] ? largest : values[c];
+    }
+    *row_largest = largest;
+    for (int c = 0; c < kTileRows && column_largest != nullptr; ++c) {
+        column_largest[c] = column_largest[c] > values[c] ? column_largest[c] : values[c];
+    }
+}
+
+void adjust_tile(float* products,
+                 const pyfeat::PairTile& pairs,
+                 const pyfeat::ProductStatistics& statistics) {
     Floats bias[kTileVectors];
     load_bias(pairs.column_bias, bias);
     for (int r = 0; r < kTileQueries; ++r) {
@@ -65,16 +96,20 @@ void adjust_tile(float* products, const pyfeat::PairTile& pairs, const pyfeat::P
         const PairMasks masks = masks_of(pairs, r);
         for_bits(masks.positive, [&](int c) {
             const auto product = static_cast<double>(row[c]);
-            if (sums.rows != nullptr) {
-                sums.rows[r] += product;
+            if (statistics.row_positives != nullptr) {
+                statistics.row_positives[r] += product;
             }
-            if (sums.columns != nullptr) {
-                sums.columns[c] += product;
+            if (statistics.column_positives != nullptr) {
+                statistics.column_positives[c] += product;
             }
         });
-        const std::uint32_t powerless =
-            masks.left_out | (pairs.separate_positives ? masks.positive : 0);
-        for_bits(powerless, [&](int c) { row[c] = pyfeat::kNoProduct; });
+        if (statistics.row_largest != nullptr) {
+            take_largest(row,
+                         masks.positive | masks.left_out,
+                         statistics.row_largest + r,
+                         statistics.column_largest);
+        }
+        for_bits(masks.powerless, [&](int c) { row[c] = pyfeat::kNoProduct; });
     }
 }
 
@@ -105,11 +140,67 @@ void gradient_tile(const float* products,
         }
         const PairMasks masks = masks_of(pairs, r);
         for_bits(masks.positive, [&](int c) {
-            const float power = pairs.separate_positives ? 0.0F : to[c];
+            const float power = (masks.powerless >> c & 1U) != 0 ? 0.0F : to[c];
             to[c] = power + rows.positives[r] +
                     (columns.shifts == nullptr ? 0.0F : columns.positives[c]);
         });
-        for_bits(masks.left_out, [&](int c) { to[c] = 0.0F; });
+        for_bits(masks.powerless & ~masks.positive, [&](int c) { to[c] = 0.0F; });
+    }
+}
+
+// ln(1 + e) for e in [0, 1]: with t = e / (2 + e) it is 2 atanh t = t p(t^2), t^2 in [0, 1/9], and
+// p a minimax fit with coefficients in float32: relative error below 2^-26.9.
+inline Floats log_one_plus(Floats e) {
+    const Floats t = divide(e, add(broadcast(2.0F), e));
+    const Floats u = multiply(t, t);
+    Floats p = broadcast(0x1.208bdp-2F);
+    p = multiply_add(p, u, broadcast(0x1.1e510ap-2F));
+    p = multiply_add(p, u, broadcast(0x1.99dae6p-2F));
+    p = multiply_add(p, u, broadcast(0x1.5554ep-1F));
+    p = multiply_add(p, u, broadcast(2.0F));
+    return multiply(t, p);
+}
+
+// softplus(z) = max(z, 0) + ln(1 + e) and sigmoid(z) = (e if z < 0, else 1) / (1 + e), where
+// e = exp(-|z|) = 2^-|x| cannot overflow.
+void softplus_tile(const float* products,
+                   const pyfeat::PairTile& pairs,
+                   const pyfeat::SoftplusTerms& terms,
+                   const pyfeat::SoftplusSums& sums,
+                   float* gradient) {
+    constexpr float kLog2 = 0x1.62e43p-1F;
+    const Floats bias = broadcast(terms.bias), rest = broadcast(terms.bias_rest);
+    const std::uint32_t missing =
+        terms.num_columns < kTileRows ? kAllColumns << terms.num_columns & kAllColumns : 0U;
+    for (int r = 0; r < kTileQueries; ++r) {
+        alignas(64) float row[kTileRows];
+        for (int v = 0; v < kTileVectors; ++v) {
+            store(row + v * kLanes, load(products + r * kTileRows + v * kLanes));
+        }
+        const PairMasks masks = masks_of(pairs, r);
+        for_bits(masks.positive, [&](int c) { sums.positives[r] += static_cast<double>(row[c]); });
+        for_bits(masks.left_out | missing, [&](int c) { row[c] = pyfeat::kNoProduct; });
+        float* to = gradient + r * pyfeat::kGradientStride;
+        const Floats weight = broadcast(terms.weights[r]);
+        Floats softplus = load(sums.softplus + r * kLanes);
+        Floats sigmoids = load(sums.sigmoids + r * kLanes);
+        PYFEAT_UNROLL
+        for (int v = 0; v < kTileVectors; ++v) {
+            const Floats x = add(load(row + v * kLanes), bias);
+            const Floats negated = subtract(zero(), x);
+            // What the bias lost to rounding is added to the exponent, which it hardly changes.
+            const Floats more = if_negative(x, rest, subtract(zero(), rest));
+            const Floats e = shifted(split_power(if_negative(x, x, negated), more), zero());
+            const Floats one = broadcast(1.0F);
+            const Floats above = maximum(add(x, rest), zero());
+            softplus = add(softplus, multiply_add(above, broadcast(kLog2), log_one_plus(e)));
+            const Floats sigmoid = divide(if_negative(x, e, one), add(one, e));
+            sigmoids = add(sigmoids, sigmoid);
+            store(to + v * kLanes, multiply(weight, sigmoid));
+        }
+        store(sums.softplus + r * kLanes, softplus);
+        store(sums.sigmoids + r * kLanes, sigmoids);
+        for_bits(masks.positive, [&](int c) { to[c] += terms.positives[r]; });
     }
 }
 
@@ -164,6 +255,7 @@ PYFEAT_NOINLINE void multiply_gradient(std::int64_t count,
 constexpr pyfeat::ContrastKernels contrast_kernels() {
     return {adjust_tile,
             gradient_tile,
+            softplus_tile,
             multiply_gradient<pyfeat::kGradientStride, 1>,
             multiply_gradient<1, pyfeat::kGradientStride>};
 }

@@ -1,0 +1,178 @@
+"""The op behind the sigmoid loss: sums of softplus over all pairs.
+
+The gradient of a pair needs no sum over others, so the forward pass makes the gradients that a mean or a
+sum of all rows has, and the backward pass multiplies them by one number.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfeat import _C
+from pyfeat._checks import as_matrix, with_contiguous_rows
+from pyfeat._contrast import KeptPairs, Pairs, scale_gradient
+
+
+class SoftplusSums(NamedTuple):
+    """Over the columns that count, float64."""
+
+    row_softplus: Tensor  # (L,), of softplus(S + bias)
+    row_positives: Tensor  # (L,), of S over positives, without the bias
+
+
+_IDS_SCHEMA = (
+    "Tensor? row_ids, Tensor? column_ids, Tensor? row_groups, Tensor? column_groups,"
+    " bool keep_positives"
+)
+torch.library.define(
+    "pyfeat::pair_softplus",
+    f"(Tensor a, Tensor b, Tensor scale, Tensor bias, {_IDS_SCHEMA}, bool gradient_a,"
+    " bool gradient_b) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "pyfeat::pair_softplus_backward",
+    f"(Tensor a, Tensor b, Tensor scale, Tensor bias, {_IDS_SCHEMA}, Tensor row_sigmoids,"
+    " Tensor grad_softplus, Tensor grad_positives, Tensor unit_a, Tensor unit_b,"
+    " bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def pair_softplus(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs) -> SoftplusSums:
+    """Row sums of ``softplus(S + bias)``, ``S = scale * a @ b.T``; differentiable.
+
+    Args:
+        a: (L, D) float32, float16 or bfloat16, finite.
+        b: (S, D), dtype and device of ``a``.
+        scale: () float, positive.
+        bias: () float.
+        pairs: Constants; its column bias and how it treats log-sum-exps have no part.
+    """
+    wanted = torch.is_grad_enabled()
+    need_scale = scale.requires_grad and not b.requires_grad
+    softplus, positives, *_ = torch.ops.pyfeat.pair_softplus(
+        a,
+        b,
+        scale,
+        bias,
+        *pairs[1:6],
+        wanted and (a.requires_grad or need_scale),
+        wanted and b.requires_grad,
+    )
+    return SoftplusSums(softplus, positives)
+
+
+def _run_cpu(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    ids: tuple[Any, ...],
+    weights: tuple[Tensor, Tensor],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums of softplus, of positives and of sigmoids, and both gradients in float32."""
+    kept_pairs = KeptPairs(Pairs(None, *ids))
+    a, b = with_contiguous_rows(a), with_contiguous_rows(b)
+    row_weights, positive_weights = (x.double().contiguous() for x in weights)
+    softplus, positives, sigmoids = (torch.empty(len(a), dtype=torch.float64) for _ in range(3))
+    by_a = torch.empty((len(a) if needs[0] else 0, a.shape[1]), dtype=torch.float32)
+    by_b = torch.empty((len(b) if needs[1] else 0, a.shape[1]), dtype=torch.float32)
+    _C.softplus_cpu(
+        as_matrix(a),
+        as_matrix(b),
+        float(scale),
+        float(bias),
+        kept_pairs.terms,
+        (row_weights.data_ptr(), positive_weights.data_ptr()),
+        (softplus.data_ptr(), sigmoids.data_ptr(), positives.data_ptr()),
+        (
+            as_matrix(a),
+            as_matrix(b),
+            by_a.data_ptr() if needs[0] else 0,
+            by_b.data_ptr() if needs[1] else 0,
+        ),
+        torch.get_num_threads(),
+    )
+    return softplus, positives, sigmoids, by_a, by_b
+
+
+def _forward_cpu(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *ids, gradient_a, gradient_b = arguments
+    ones = torch.ones(len(a), dtype=torch.float64)
+    return _run_cpu(a, b, scale, bias, tuple(ids), (ones, -ones), (gradient_a, gradient_b))
+
+
+def _backward_cpu(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *ids, sigmoids, grad_softplus, grad_positives, unit_a, unit_b, need_a, need_b = arguments
+    need_a = need_a or not need_b
+    weights = grad_softplus.double(), grad_positives.double()
+    first = weights[0][:1]
+    made = len(unit_a) == len(a) or not need_a, len(unit_b) == len(b) or not need_b
+    if all(made) and bool(((weights[0] == first) & (weights[1] == -first)).all()):
+        by_a, by_b = (unit * first.sum().float() for unit in (unit_a, unit_b))
+    else:
+        *_, by_a, by_b = _run_cpu(a, b, scale, bias, tuple(ids), weights, (need_a, need_b))
+    grad_scale = scale_gradient(*((a, by_a) if need_a else (b, by_b)), scale)
+    grad_bias = (weights[0] @ sigmoids).to(bias.dtype)
+    return by_a.to(a.dtype), by_b.to(b.dtype), grad_scale, grad_bias
+
+
+def _forward_fake(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *_, gradient_a, gradient_b = arguments
+    sums = [a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(3)]
+    counts = a.shape[0] if gradient_a else 0, b.shape[0] if gradient_b else 0
+    return (*sums, *(a.new_empty(n, a.shape[1], dtype=torch.float32) for n in counts))
+
+
+def _backward_fake(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_a, need_b = arguments[-2:]
+    num_rows = a.shape[0] if need_a or not need_b else 0
+    return (
+        a.new_empty(num_rows, a.shape[1]),
+        b.new_empty(b.shape[0] if need_b else 0, a.shape[1]),
+        scale.new_empty(()),
+        bias.new_empty(()),
+    )
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.gradient_a, ctx.gradient_b = inputs
+    a, b, scale, bias, *ctx.ids = tensors
+    sigmoids, unit_a, unit_b = output[2:]
+    ctx.mark_non_differentiable(sigmoids, unit_a, unit_b)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a, b, scale, bias, sigmoids, unit_a, unit_b)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    a, b, scale, bias, sigmoids, unit_a, unit_b = ctx.saved_tensors
+    given = [torch.zeros_like(sigmoids) if grad is None else grad for grad in grads[:2]]
+    need_a, need_b, need_scale, need_bias = ctx.needs_input_grad[:4]
+    grad_a, grad_b, grad_scale, grad_bias = torch.ops.pyfeat.pair_softplus_backward(
+        a, b, scale, bias, *ctx.ids, sigmoids, *given, unit_a, unit_b, need_a, need_b
+    )
+    return (
+        grad_a if need_a else None,
+        grad_b if need_b else None,
+        grad_scale if need_scale else None,
+        grad_bias if need_bias else None,
+        *(None for _ in range(7)),
+    )
+
+
+torch.library.impl("pyfeat::pair_softplus", "CPU", _forward_cpu)
+torch.library.impl("pyfeat::pair_softplus_backward", "CPU", _backward_cpu)
+torch.library.register_fake("pyfeat::pair_softplus", _forward_fake)
+torch.library.register_fake("pyfeat::pair_softplus_backward", _backward_fake)
+torch.library.register_autograd(
+    "pyfeat::pair_softplus", _backward, setup_context=_keep_for_backward
+)

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks of what losses over all pairs do with tiles.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "checks.hpp"
+#include "cpu/similarity/schedule.hpp"
+
+namespace {
+
+// Pairs whose columns have the id of the row's column, and the last column, do not count.
+void check_softplus(const PairTile& pairs,
+                    const float* products,
+                    const float* weights,
+                    const float* positives) {
+    const TileKernels& tiles = checked.tile_kernels(Precision::kFloat32);
+    const int lanes = checked.powers.lanes;
+    const double bias = -1.75 + 1e-9;
+    AlignedFloats softplus(tiles.queries * lanes), sigmoids(tiles.queries * lanes);
+    AlignedFloats gradient(tiles.queries * kGradientStride);
+    std::fill_n(softplus.data(), tiles.queries * lanes, 0.0F);
+    std::fill_n(sigmoids.data(), tiles.queries * lanes, 0.0F);
+    double sums[kMaxTileQueries] = {};
+    checked.contrast.softplus(products,
+                              pairs,
+                              {-1.75F, 1e-9F, tiles.rows - 1, weights, positives},
+                              {softplus.data(), sigmoids.data(), sums},
+                              gradient.data());
+    const auto same = [](const float* a, const float* b) {
+        return std::memcmp(a, b, sizeof(float)) == 0;
+    };
+    for (int r = 0; r < tiles.queries; ++r) {
+        double plus = 0.0, sigmoid_sum = 0.0, positive_sum = 0.0, found[2] = {};
+        for (int c = 0; c < tiles.rows; ++c) {
+            const double product = static_cast<double>(products[r * tiles.rows + c]);
+            const double z = (product + bias) * 0.69314718055994530942;
+            const double sigmoid = 1.0 / (1.0 + std::exp(-z));
+            const bool out = same(pairs.row_groups + r, pairs.column_groups + c);
+            const bool positive = !out && same(pairs.row_ids + r, pairs.column_ids + c);
+            const bool there = c < tiles.rows - 1;
+            plus += out || !there ? 0.0 : std::log1p(std::exp(z));
+            sigmoid_sum += out || !there ? 0.0 : sigmoid;
+            positive_sum += positive ? product : 0.0;
+            const double exact = (out ? 0.0 : sigmoid) * static_cast<double>(weights[r]) +
+                                 (positive ? static_cast<double>(positives[r]) : 0.0);
+            expect(!there || std::abs(gradient.data()[r * kGradientStride + c] - exact) <= 1e-6,
+                   "gradient of softplus",
+                   0,
+                   c);
+        }
+        for (int lane = 0; lane < lanes; ++lane) {
+            found[0] += static_cast<double>(softplus.data()[r * lanes + lane]);
+            found[1] += static_cast<double>(sigmoids.data()[r * lanes + lane]);
+        }
+        expect(std::abs(found[0] - plus) <= 1e-6 * plus, "sum of softplus", 0, r);
+        expect(std::abs(found[1] - sigmoid_sum) <= 1e-6 * sigmoid_sum, "sum of sigmoids", 0, r);
+        expect(std::abs(sums[r] - positive_sum) <= 1e-5, "sum of positives", 0, r);
+    }
+}
+
+// Every pair of rows and columns once, and no two tasks of a round with a row or a column in
+// common.
+void check_schedule(std::int64_t num_rows, std::int64_t num_columns, bool itself) {
+    const TileKernels& tiles = checked.tile_kernels(Precision::kFloat32);
+    const PairSchedule schedule(num_rows, num_columns, tiles, itself);
+    std::vector<int> visits(static_cast<std::size_t>(num_rows * num_columns), 0);
+    for (std::int64_t round = 0; round < schedule.num_rounds(); ++round) {
+        std::vector<int> rows(static_cast<std::size_t>(num_rows), 0);
+        std::vector<int> columns(static_cast<std::size_t>(num_columns), 0);
+        for (const PartPair& pair : schedule.round(round)) {
+            expect(pair.rows.first % tiles.queries == 0, "first row of a part", 0, num_rows);
+            expect(pair.columns.first % tiles.rows == 0, "first column of a part", 0, num_rows);
+            for (std::int64_t r = pair.rows.first; r < pair.rows.end; ++r) {
+                ++rows[static_cast<std::size_t>(r)];
+                for (std::int64_t c = pair.columns.first; c < pair.columns.end; ++c) {
+                    ++visits[static_cast<std::size_t>(r * num_columns + c)];
+                    if (pair.mirrored) {
+                        ++visits[static_cast<std::size_t>(c * num_columns + r)];
+                    }
+                }
+            }
+            for (std::int64_t c = pair.columns.first; c < pair.columns.end; ++c) {
+                ++(pair.mirrored ? rows : columns)[static_cast<std::size_t>(c)];
+            }
+        }
+        for (const std::vector<int>* counts : {&rows, &columns}) {
+            for (const int count : *counts) {
+                expect(count <= 1, "a part with two tasks", 0, num_rows);
+            }
+        }
+    }
+    for (const int count : visits) {
+        expect(count == 1, "visits of a pair", 0, num_rows);
+    }
+}
+
+void check_contrast(std::mt19937& random) {
+    const TileKernels& tiles = checked.tile_kernels(Precision::kFloat32);
+    const int num_rows = tiles.queries, num_columns = tiles.rows;
+    std::normal_distribution<float> normal;
+    AlignedFloats products(num_rows * num_columns);
+    AlignedFloats bias(num_columns), row_ids(num_rows), column_ids(num_columns);
+    AlignedFloats row_terms(3 * num_rows), column_terms(3 * num_columns + 64);
+    AlignedFloats gradient(num_rows * kGradientStride);
+    const auto fill = [&](AlignedFloats& values, int count, auto make) {
+        for (int i = 0; i < count; ++i) {
+            const auto value = make();
+            std::memcpy(values.data() + i, &value, sizeof(float));
+        }
+    };
+    const auto id = [&] { return static_cast<std::int32_t>(random() % 4); };
+    const auto shift = [&] { return std::rint(normal(random)) + 4.0F; };
+    fill(products, num_rows * num_columns, [&] { return normal(random); });
+    fill(bias, num_columns, [&] { return normal(random); });
+    fill(row_ids, num_rows, id);
+    fill(column_ids, num_columns, id);
+    float* rows[3];
+    float* columns[3];  // on 64-byte boundaries
+    for (int i = 0; i < 3; ++i) {
+        rows[i] = row_terms.data() + i * num_rows;
+        columns[i] = column_terms.data() + i * 32;
+        for (int r = 0; r < num_rows; ++r) {
+            rows[i][r] = i == 0 ? shift() : normal(random);
+        }
+        for (int c = 0; c < num_columns; ++c) {
+            columns[i][c] = i == 0 ? shift() : normal(random);
+        }
+    }
+    for (const bool separate : {false, true}) {
+        const PairTile pairs{bias.data(),
+                             row_ids.data(),
+                             column_ids.data(),
+                             nullptr,
+                             nullptr,
+                             false,
+                             separate,
+                             false};
+        double row_sums[kMaxTileQueries] = {}, expected_sums[kMaxTileQueries] = {};
+        float row_largest[kMaxTileQueries], column_largest[kMaxTileRows];
+        float expected_rows[kMaxTileQueries], expected_columns[kMaxTileRows];
+        for (float* largest : {row_largest, expected_rows}) {
+            std::fill_n(largest, kMaxTileQueries, kNoProduct);
+        }
+        for (float* largest : {column_largest, expected_columns}) {
+            std::fill_n(largest, kMaxTileRows, kNoProduct);
+        }
+        AlignedFloats tile(num_rows * num_columns);
+        std::memcpy(tile.data(),
+                    products.data(),
+                    static_cast<std::size_t>(num_rows * num_columns) * sizeof(float));
+        checked.contrast.adjust(
+            tile.data(), pairs, {row_sums, nullptr, row_largest, column_largest});
+        checked.contrast.gradient(products.data(),
+                                  pairs,
+                                  {rows[0], rows[1], rows[2]},
+                                  {columns[0], columns[1], columns[2]},
+                                  gradient.data());
+        for (int r = 0; r < num_rows; ++r) {
+            for (int c = 0; c < num_columns; ++c) {
+                const float x = products.data()[r * num_columns + c] + bias.data()[c];
+                const bool positive =
+                    std::memcmp(row_ids.data() + r, column_ids.data() + c, sizeof(float)) == 0;
+                expected_sums[r] += positive ? static_cast<double>(x) : 0.0;
+                const float other = positive ? kNoProduct : x;
+                expected_rows[r] = std::max(expected_rows[r], other);
+                expected_columns[c] = std::max(expected_columns[c], other);
+                const float kept = positive && separate ? kNoProduct : x;
+                expect(tile.data()[r * num_columns + c] == kept, "adjusted product", 0, separate);
+                double exact = 0.0;
+                if (!positive || !separate) {
+                    exact = rows[1][r] * std::exp2(static_cast<double>(x) - rows[0][r]) +
+                            columns[1][c] * std::exp2(static_cast<double>(x) - columns[0][c]);
+                }
+                exact += positive ? static_cast<double>(rows[2][r]) + columns[2][c] : 0.0;
+                expect(std::abs(gradient.data()[r * kGradientStride + c] - exact) <= 1e-5,
+                       "gradient of a pair",
+                       0,
+                       separate);
+            }
+            expect(std::abs(row_sums[r] - expected_sums[r]) <= 1e-5, "positive sum", 0, separate);
+            expect(row_largest[r] == expected_rows[r], "largest of a row", 0, separate);
+        }
+        for (int c = 0; c < num_columns; ++c) {
+            expect(column_largest[c] == expected_columns[c], "largest of a column", 0, separate);
+        }
+    }
+    check_softplus({nullptr,
+                    row_ids.data(),
+                    column_ids.data(),
+                    column_ids.data(),
+                    column_ids.data(),
+                    false,
+                    false,
+                    false},
+                   products.data(),
+                   rows[1],
+                   rows[2]);
+    // Products with features: all rows of the tile but the last are written.
+    constexpr int kCount = 5;
+    AlignedFloats factor(kCount * kGradientStride), panel(kCount * num_columns);
+    AlignedFloats sums(num_rows * num_columns), transposed(num_rows * num_columns);
+    const auto feature = [&] { return normal(random); };
+    fill(gradient, num_rows * static_cast<int>(kGradientStride), feature);
+    fill(factor, kCount * static_cast<int>(kGradientStride), feature);
+    fill(panel, kCount * num_columns, feature);
+    fill(sums, num_rows * num_columns, [] { return 1.0F; });
+    fill(transposed, num_rows * num_columns, [] { return 1.0F; });
+    const auto& contrast = checked.contrast;
+    contrast.multiply(
+        kCount, gradient.data(), panel.data(), sums.data(), num_columns, num_rows - 1);
+    contrast.multiply_transposed(
+        kCount, factor.data(), panel.data(), transposed.data(), num_columns, num_rows - 1);
+    for (int r = 0; r < num_rows; ++r) {
+        for (int d = 0; d < num_columns; ++d) {
+            double plain = 1.0, turned = 1.0;
+            for (int w = 0; w < kCount && r < num_rows - 1; ++w) {
+                const double value = panel.data()[w * num_columns + d];
+                plain += gradient.data()[r * kGradientStride + w] * value;
+                turned += factor.data()[w * kGradientStride + r] * value;
+            }
+            const int at = r * num_columns + d;
+            expect(std::abs(sums.data()[at] - plain) <= 1e-5, "product with features", 0, d);
+            expect(std::abs(transposed.data()[at] - turned) <= 1e-5, "its transpose", 0, d);
+        }
+    }
+}
+
+}  // namespace
