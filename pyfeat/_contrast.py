@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfeat import _C
+from pyfeat import _C, _contrast_blocks, _contrast_second
 from pyfeat._checks import as_matrix, with_contiguous_rows
 
 
@@ -59,6 +59,13 @@ torch.library.define(
     " Tensor grad_row_lse, Tensor grad_column_lse, Tensor grad_row_positives,"
     " Tensor grad_column_positives) -> (Tensor, Tensor, Tensor)",
 )
+torch.library.define(
+    "pyfeat::pair_sums_second",
+    f"(Tensor a, Tensor b, Tensor scale, {_PAIRS}, bool columns, Tensor row_lse, Tensor column_lse,"
+    " Tensor grad_row_lse, Tensor grad_column_lse, Tensor grad_row_positives,"
+    " Tensor grad_column_positives, Tensor by_grad_a, Tensor by_grad_b, Tensor by_grad_scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 def pair_sums(
@@ -97,6 +104,8 @@ def _forward_cpu(
     a: Tensor, b: Tensor, scale: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *pairs, columns = arguments
+    if a.dtype == torch.float64:
+        return _contrast_blocks.sums(a, b, scale, Pairs(*pairs), columns=columns)
     kept = KeptPairs(Pairs(*pairs))
     a, b = with_contiguous_rows(a), with_contiguous_rows(b)
     num_rows, num_columns = a.shape[0], b.shape[0]
@@ -124,9 +133,11 @@ def _backward_cpu(
     a: Tensor, b: Tensor, scale: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *pairs, columns, row_lse, column_lse = arguments[:-4]
-    grad_rows, grad_columns, grad_row_positives, grad_column_positives = (
-        grad.double().contiguous() for grad in arguments[-4:]
-    )
+    grads = [grad.double().contiguous() for grad in arguments[-4:]]
+    grad_rows, grad_columns, grad_row_positives, grad_column_positives = grads
+    if a.dtype == torch.float64:
+        sides = _sides(columns, row_lse, column_lse, *grads)
+        return _contrast_blocks.gradients(a, b, scale, Pairs(*pairs), sides)
     kept = KeptPairs(Pairs(*pairs))
     a, b = with_contiguous_rows(a), with_contiguous_rows(b)
     grad_a = torch.empty(a.shape, dtype=torch.float32)
@@ -167,6 +178,23 @@ def _backward_fake(
     return a.new_empty(a.shape), b.new_empty(b.shape), scale.new_empty(())
 
 
+def _sides(columns: bool, *vectors: Tensor) -> _contrast_blocks.Sides:
+    """From log-sum-exps, gradients by them and by positive sums, each of rows and of columns."""
+    by_dim = (vectors[1::2], vectors[::2])
+    return {dim: _contrast_blocks.Side(*by_dim[dim]) for dim in ((0, 1) if columns else (1,))}
+
+
+def _second(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *pairs, columns = arguments[:-9]
+    sides = _sides(columns, *(x.double() for x in arguments[-9:-3]))
+    return _contrast_second.second_gradients(a, b, scale, Pairs(*pairs), sides, arguments[-3:])
+
+
+def _second_fake(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    vectors = [x.new_empty(x.shape, dtype=torch.float64) for x in arguments[-7:-3]]
+    return (*_backward_fake(a, b, scale), *vectors)
+
+
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a, b, scale, *ctx.rest = inputs
     ctx.save_for_backward(a, b, scale, output[0], output[1])
@@ -195,3 +223,11 @@ torch.library.impl("pyfeat::pair_sums_backward", "CPU", _backward_cpu)
 torch.library.register_fake("pyfeat::pair_sums", _forward_fake)
 torch.library.register_fake("pyfeat::pair_sums_backward", _backward_fake)
 torch.library.register_autograd("pyfeat::pair_sums", _backward, setup_context=_keep_for_backward)
+torch.library.impl("pyfeat::pair_sums_second", "default", _second)
+torch.library.register_fake("pyfeat::pair_sums_second", _second_fake)
+torch.library.register_autograd(
+    "pyfeat::pair_sums_backward",
+    _contrast_second.second,
+    setup_context=_contrast_second.keep_for_second,
+)
+torch.library.register_autograd("pyfeat::pair_sums_second", _contrast_second.refuse_third)
