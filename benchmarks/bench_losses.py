@@ -1,25 +1,32 @@
 """Losses: forward and backward of losses over all pairs.
 
 Features are normal, of unit length, those of a pair at a cosine of about 0.3; every contender returns the
-loss and its gradients. eager is the usual formula, which stores the similarities of all pairs: that of
-open_clip in one process for CLIP, and for NT-Xent one matrix of both views. A rate counts the products
-that any exact method must make: three times 2 N M D operations, for the similarities and both gradients.
+loss and its gradients, also by the scale of the similarities. eager is the usual formula, which stores the
+similarities of all pairs: for CLIP that of open_clip in one process, for NT-Xent and SupCon one matrix of
+both views. metric learning is pytorch-metric-learning, told that features are of unit length, where its
+masks fit the memory. A rate counts the products that any exact method must make: three times 2 N M D
+operations, for the similarities and both gradients.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from pytorch_metric_learning.distances import DotProductSimilarity
+from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
+from torch import Tensor, nn
 
 from benchmarks.answers import GradientCheck
 from benchmarks.data import normal_features
 from benchmarks.harness import Harness
 from benchmarks.memory import in_fresh_process, peak_memory_mb
 from benchmarks.timing import Contender, Work
-from pyfeat.losses import clip_loss, nt_xent
+from pyfeat.losses import clip_loss, info_nce, nt_xent, supcon_loss
+
+PACKAGES = ("pytorch-metric-learning",)
+MASK_LIMIT = 4e9  # bytes
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -51,21 +58,68 @@ def test_clip(harness: Harness, batch: Batch, quick: bool) -> None:
     `clip_loss` with a learnable scale, here 20.
     """
     work = Work(6.0 * batch.num_pairs**2 * batch.dim, "float32")
-    _race(harness, batch, clip_loss, eager_clip, 20.0, work, compiles=not quick)
+    _race(harness, batch, clip_loss, {"eager": eager_clip}, 20.0, work, compiles=not quick)
 
 
-@pytest.mark.sizes("batch", full=[Batch(4_096, 256)], quick=[Batch(40, 16)])
+@pytest.mark.sizes("batch", full=[Batch(1_024, 512), Batch(8_192, 512)], quick=[Batch(40, 16)])
+def test_info_nce(harness: Harness, batch: Batch, quick: bool) -> None:
+    """One-sided InfoNCE, float32.
+
+    `info_nce` at temperature 0.05. linear CE is `torch.nn.functional.linear_cross_entropy` with its default
+    options, which takes the similarities of some queries at a time and no gradient for their scale but
+    through the queries.
+    """
+
+    def ours(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return info_nce(a, b, temperature=1.0 / scale)
+
+    peers = {"eager": eager_info_nce, "linear CE": linear_cross_entropy}
+    work = Work(6.0 * batch.num_pairs**2 * batch.dim, "float32")
+    _race(harness, batch, ours, peers, 20.0, work, compiles=not quick)
+
+
+@pytest.mark.sizes("batch", full=[Batch(256, 256), Batch(4_096, 256)], quick=[Batch(40, 16)])
 def test_nt_xent(harness: Harness, batch: Batch, quick: bool) -> None:
     """NT-Xent, float32.
 
-    `nt_xent` at temperature 0.1. pytorch-metric-learning builds a mask of 8 N³ elements, 550 GB here.
+    `nt_xent` at temperature 0.1.
     """
 
     def ours(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         return nt_xent(a, b, temperature=1.0 / scale)
 
+    peers: dict[str, Loss] = {"eager": eager_nt_xent}
+    mask = 4.0 * 8 * batch.num_pairs**3
+    if mask <= MASK_LIMIT:
+        peers["metric learning"] = metric_learning_nt_xent
+        skipped = {}
+    else:
+        skipped = {"metric learning": f"its mask of 8 N³ numbers would take {mask / 1e9:,.0f} GB"}
     work = Work(6.0 * (2 * batch.num_pairs) ** 2 * batch.dim, "float32")
-    _race(harness, batch, ours, eager_nt_xent, 10.0, work, compiles=not quick)
+    _race(harness, batch, ours, peers, 10.0, work, compiles=not quick, skipped=skipped)
+
+
+@pytest.mark.sizes("batch", full=[Batch(256, 256), Batch(4_096, 256)], quick=[Batch(40, 16)])
+def test_supcon(harness: Harness, batch: Batch, quick: bool) -> None:
+    """SupCon, float32.
+
+    `supcon_loss` of both views at temperature 0.1, eight rows of each label.
+    """
+    labels = (torch.arange(batch.num_pairs) % (batch.num_pairs // 4)).repeat(2)
+
+    def ours(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return supcon_loss(torch.cat([a, b]), labels, temperature=1.0 / scale)
+
+    def eager(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return eager_supcon(torch.cat([a, b]), labels, scale)
+
+    def metric_learning(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        loss = SupConLoss(1.0 / scale, distance=unit_similarity())
+        return cast("Tensor", loss(torch.cat([a, b]), labels))
+
+    peers = {"eager": eager, "metric learning": metric_learning}
+    work = Work(6.0 * (2 * batch.num_pairs) ** 2 * batch.dim, "float32")
+    _race(harness, batch, ours, peers, 10.0, work, compiles=not quick)
 
 
 @pytest.mark.sizes("batch", full=[Batch(8_192, 512), Batch(65_536, 256)], quick=[Batch(40, 16)])
@@ -101,6 +155,35 @@ def eager_nt_xent(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z1)))
 
 
+def eager_info_nce(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+    return F.cross_entropy(scale * queries @ keys.T, torch.arange(len(queries)))
+
+
+def eager_supcon(features: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    """The average outside the logarithm."""
+    self_pairs = torch.eye(len(features), dtype=torch.bool)
+    logits = (scale * features @ features.T).masked_fill(self_pairs, -torch.inf)
+    positive = (labels[:, None] == labels) & ~self_pairs
+    log_p = logits.log_softmax(dim=1).where(positive, 0.0)
+    return -(log_p.sum(dim=1) / positive.sum(dim=1)).mean()
+
+
+def linear_cross_entropy(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+    options = nn.LinearCrossEntropyOptions()
+    targets = torch.arange(len(queries))
+    return F.linear_cross_entropy(scale * queries, keys, targets, options=options)
+
+
+def metric_learning_nt_xent(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+    loss = NTXentLoss(1.0 / scale, distance=unit_similarity())
+    return cast("Tensor", loss(torch.cat([z1, z2]), torch.arange(len(z1)).repeat(2)))
+
+
+def unit_similarity() -> DotProductSimilarity:
+    """Cosines of features that are of unit length."""
+    return DotProductSimilarity(normalize_embeddings=False)
+
+
 def _step(loss: Loss, a: Tensor, b: Tensor, scale: float) -> Callable[[], tuple[Tensor, ...]]:
     """Loss and gradients by both features and the scale."""
 
@@ -116,19 +199,21 @@ def _race(
     harness: Harness,
     batch: Batch,
     ours: Loss,
-    eager: Loss,
+    peers: Mapping[str, Loss],
     scale: float,
     work: Work,
     *,
     compiles: bool,
+    skipped: Mapping[str, str] | None = None,
 ) -> None:
+    """Against peers, of which eager says what is right and is compiled as well if so wanted."""
     a, b = batch.features()
-    losses = {"pyfeat": ours, "eager": eager}
+    losses = {"pyfeat": ours, **peers}
     if compiles:
-        losses["eager, compiled"] = torch.compile(eager)
+        losses["eager, compiled"] = torch.compile(peers["eager"])
     contenders = [
         Contender(name, _step(loss, a, b, scale), ours=name == "pyfeat", work=work)
         for name, loss in losses.items()
     ]
-    check = GradientCheck(_step(eager, a.double(), b.double(), scale))
-    harness.race(batch, contenders, check=check)
+    check = GradientCheck(_step(peers["eager"], a.double(), b.double(), scale))
+    harness.race(batch, contenders, check=check, skipped=skipped)

@@ -19,15 +19,12 @@ Backend = Literal["cpu", "triton", "reference"]
 Obstacles = Callable[[str, Tensor, int], list[str]]
 
 _TRITON_OPS = ("knn",)
-_FLOAT32_OPS = ("info_nce", "clip_loss", "supcon_loss", "nt_xent")  # of the CPU
 _TRITON_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
 
 def _cpu_obstacles(op: str, features: Tensor, k: int) -> list[str]:
     if features.device.type != "cpu":
         return [f"inputs are on {features.device}"]
-    if op in _FLOAT32_OPS and features.dtype == torch.float64:
-        return ["features are float64, which only the reference takes"]
     return []
 
 

@@ -10,55 +10,24 @@ so the kernels compute tiles of S a second time, but for those that were kept, a
 gradients.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyfeat import _C
-from pyfeat._checks import as_matrix, with_contiguous_rows
+from pyfeat import _contrast_cpu, _contrast_second
+from pyfeat._contrast_cpu import kept_panels, sides_by_dim
+from pyfeat._pairs import Pairs, PairSums, WeightedSide
 
-
-class Pairs(NamedTuple):
-    """What is said of the pairs: a bias (S,) float32, and ids (L,) or (S,) int32, at least 0.
-
-    Pairs of equal ids are positive; pairs of equal groups are left out, positive ones only if they are
-    not kept. With ``separate_positives`` log-sum-exps are over what is not positive: where one
-    similarity outweighs all others, its distance to them keeps its digits. With ``only_positives``
-    they are over what is positive.
-    """
-
-    column_bias: Tensor | None = None
-    row_ids: Tensor | None = None
-    column_ids: Tensor | None = None
-    row_groups: Tensor | None = None
-    column_groups: Tensor | None = None
-    keep_positives: bool = False
-    separate_positives: bool = False
-    only_positives: bool = False
-
-
-class PairSums(NamedTuple):
-    """Of S, float64: log-sum-exps and sums over positives; (0,) where they are not wanted.
-
-    ``row_largest`` is over what counts and is not positive, and has no gradient. Where nothing counts,
-    log-sum-exps and largest are -inf.
-    """
-
-    row_lse: Tensor  # (L,)
-    column_lse: Tensor  # (S,)
-    row_positives: Tensor  # (L,)
-    column_positives: Tensor  # (S,)
-    row_largest: Tensor  # (L,)
-
-
-class WeightedSide(NamedTuple):
-    """Of the rows or of the columns, float64: what ``weighted_features`` makes of their pairs."""
-
-    lse: Tensor
-    weights: Tensor
-    positives: Tensor
-
+__all__ = [
+    "PairSums",
+    "Pairs",
+    "WeightedSide",
+    "memory_budget",
+    "pair_sums",
+    "set_memory_budget",
+    "weighted_features",
+]
 
 PAIRS_SCHEMA = (
     "Tensor? column_bias, Tensor? row_ids, Tensor? column_ids, Tensor? row_groups,"
@@ -78,6 +47,12 @@ torch.library.define(
     f"(Tensor a, Tensor b, Tensor scale, {PAIRS_SCHEMA}, bool columns, {_GRADS_SCHEMA},"
     " bool itself, bool need_a, bool need_b, Tensor? kept)"
     " -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "pyfeat::pair_sums_second",
+    f"(Tensor a, Tensor b, Tensor scale, {PAIRS_SCHEMA}, bool columns, {_GRADS_SCHEMA},"
+    " Tensor by_grad_a, Tensor by_grad_b, Tensor by_grad_scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "pyfeat::weighted_features",
@@ -195,146 +170,6 @@ def weighted_features(
     return products
 
 
-class KeptPairs:
-    """Pairs as the kernels take them, and the tensors that hold them."""
-
-    def __init__(self, pairs: Pairs) -> None:
-        self._held = [None if x is None else x.contiguous() for x in pairs[:5]]
-        bias, *ids = (0 if x is None else x.data_ptr() for x in self._held)
-        self.terms = _C.PairTerms(bias, *ids, *pairs[5:])
-
-
-def kept_panels(num_rows: int, num_columns: int, num_bytes: int) -> tuple[int, int]:
-    """How many row panels of tiles fit, and the floats they have."""
-    height, width = _C.tile_shape()
-    panel = height * width * -(-num_columns // width)
-    panels = min(-(-num_rows // height), num_bytes // (4 * panel)) if panel else 0
-    return panels, panels * panel
-
-
-def _forward_cpu(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *pairs, columns, largest, itself, kept_bytes = arguments
-    kept_pairs = KeptPairs(Pairs(*pairs))
-    a, b = with_contiguous_rows(a), with_contiguous_rows(b)
-    num_rows, num_columns = a.shape[0], 0 if itself else b.shape[0]
-    panels, size = kept_panels(num_rows, b.shape[0], kept_bytes)
-    kept = torch.empty(size, dtype=torch.float32)
-    row_lse = torch.empty(num_rows, dtype=torch.float64)
-    column_lse = torch.empty(num_columns, dtype=torch.float64)
-    row_positives, column_positives = torch.empty_like(row_lse), torch.empty_like(column_lse)
-    row_largest = torch.empty(num_rows if largest else 0, dtype=torch.float64)
-    _C.log_sum_exp_cpu(
-        as_matrix(a),
-        as_matrix(b),
-        float(scale),
-        _C.Dtype.float32,
-        row_lse.data_ptr(),
-        column_lse.data_ptr(),
-        torch.get_num_threads(),
-        pairs=kept_pairs.terms,
-        row_positives=row_positives.data_ptr(),
-        column_positives=column_positives.data_ptr() if columns else 0,
-        row_largest=row_largest.data_ptr() if largest else 0,
-        itself=itself,
-        kept=(kept.data_ptr(), panels),
-    )
-    if not columns:
-        column_lse, column_positives = column_lse.new_empty(0), column_lse.new_empty(0)
-    return row_lse, column_lse, row_positives, column_positives, row_largest, kept
-
-
-def _products_cpu(
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    pairs: Pairs,
-    sides: tuple[Tensor, ...],
-    values: tuple[Tensor, Tensor],
-    needs: tuple[bool, bool],
-    *,
-    columns: bool,
-    itself: bool = False,
-    kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``scale`` times the products of ``weighted_features``, float32."""
-    row_lse, column_lse, *weights = (x.double().contiguous() for x in sides)
-    row_weights, column_weights, row_positives, column_positives = weights
-    kept_pairs = KeptPairs(pairs)
-    a, b = with_contiguous_rows(a), with_contiguous_rows(b)
-    a_values, b_values = (with_contiguous_rows(x) for x in values)
-    by_a = torch.empty((len(a) if needs[0] else 0, b_values.shape[1]), dtype=torch.float32)
-    by_b = torch.empty((len(b) if needs[1] else 0, a_values.shape[1]), dtype=torch.float32)
-    panels = kept_panels(len(a), len(b), 0 if kept is None else 4 * len(kept))[0]
-    row_side = (row_lse.data_ptr(), row_weights.data_ptr(), row_positives.data_ptr())
-    column_side = (column_lse.data_ptr(), column_weights.data_ptr(), column_positives.data_ptr())
-    _C.contrast_gradient_cpu(
-        as_matrix(a),
-        as_matrix(b),
-        float(scale),
-        kept_pairs.terms,
-        row_side,
-        row_side if itself else column_side if columns else (0, 0, 0),
-        (
-            as_matrix(a_values),
-            as_matrix(b_values),
-            by_a.data_ptr() if needs[0] else 0,
-            by_b.data_ptr() if needs[1] else 0,
-        ),
-        torch.get_num_threads(),
-        itself=itself,
-        kept=(0 if kept is None else kept.data_ptr(), panels),
-    )
-    return by_a, by_b
-
-
-def scale_gradient(a: Tensor, grad_a: Tensor, scale: Tensor) -> Tensor:
-    """dL/dscale = <a, dL/da> / scale, at the price of one product of (L, D)."""
-    products = torch.einsum("ld,ld->l", a.float(), grad_a)
-    gradient = products.sum(dtype=torch.float64) / scale.double()
-    return gradient.to(scale.dtype)
-
-
-def _backward_cpu(
-    a: Tensor, b: Tensor, scale: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *pairs, columns, row_lse, column_lse = arguments[:-8]
-    grads, (itself, need_a, need_b, kept) = arguments[-8:-4], arguments[-4:]
-    need_a = need_a or not need_b
-    grad_a, grad_b = _products_cpu(
-        a,
-        b,
-        scale,
-        Pairs(*pairs),
-        (row_lse, column_lse, *grads),
-        (a, b),
-        (need_a, need_b and not itself),
-        columns=columns,
-        itself=itself,
-        kept=kept,
-    )
-    grad_scale = scale_gradient(*((a, grad_a) if need_a else (b, grad_b)), scale)
-    if itself:
-        grad_scale = 0.5 * grad_scale  # every pair has been in the gradients of two rows
-    return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_scale
-
-
-def _weighted_cpu(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *pairs, columns = arguments[:-10]
-    row_lse, column_lse, *weights = arguments[-10:-4]
-    a_values, b_values, *needs = arguments[-4:]
-    products = _products_cpu(
-        a,
-        b,
-        scale,
-        Pairs(*pairs),
-        (row_lse, column_lse, *(x.double() / scale.double() for x in weights)),
-        (a_values, b_values),
-        (needs[0], needs[1]),
-        columns=columns,
-    )
-    return products[0].to(b_values.dtype), products[1].to(a_values.dtype)
-
-
 def _forward_fake(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *_, columns, largest, itself, kept_bytes = arguments
     num_rows, num_columns = a.shape[0], b.shape[0] if columns and not itself else 0
@@ -390,10 +225,29 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.impl("pyfeat::pair_sums", "CPU", _forward_cpu)
-torch.library.impl("pyfeat::pair_sums_backward", "CPU", _backward_cpu)
-torch.library.impl("pyfeat::weighted_features", "CPU", _weighted_cpu)
+def _second(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *pairs, columns = arguments[:-9]
+    sides = sides_by_dim(columns, *(x.double() for x in arguments[-9:-3]))
+    return _contrast_second.second_gradients(a, b, scale, Pairs(*pairs), sides, arguments[-3:])
+
+
+def _second_fake(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    vectors = [x.new_empty(x.shape, dtype=torch.float64) for x in arguments[-7:-3]]
+    return (a.new_empty(a.shape), b.new_empty(b.shape), scale.new_empty(()), *vectors)
+
+
+torch.library.impl("pyfeat::pair_sums", "CPU", _contrast_cpu.forward)
+torch.library.impl("pyfeat::pair_sums_backward", "CPU", _contrast_cpu.backward)
+torch.library.impl("pyfeat::weighted_features", "CPU", _contrast_cpu.weighted)
 torch.library.register_fake("pyfeat::pair_sums", _forward_fake)
 torch.library.register_fake("pyfeat::pair_sums_backward", _backward_fake)
 torch.library.register_fake("pyfeat::weighted_features", _weighted_fake)
 torch.library.register_autograd("pyfeat::pair_sums", _backward, setup_context=_keep_for_backward)
+torch.library.impl("pyfeat::pair_sums_second", "default", _second)
+torch.library.register_fake("pyfeat::pair_sums_second", _second_fake)
+torch.library.register_autograd(
+    "pyfeat::pair_sums_backward",
+    _contrast_second.second,
+    setup_context=_contrast_second.keep_for_second,
+)
+torch.library.register_autograd("pyfeat::pair_sums_second", _contrast_second.refuse_third)

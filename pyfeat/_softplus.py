@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyfeat import _C
 from pyfeat._checks import as_matrix, with_contiguous_rows
-from pyfeat._contrast import KeptPairs, Pairs, scale_gradient
+from pyfeat._contrast_cpu import KeptPairs, scale_gradient
+from pyfeat._pairs import Pairs
 
 
 class SoftplusSums(NamedTuple):

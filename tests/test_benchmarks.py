@@ -252,9 +252,10 @@ def test_a_quick_run_writes_the_report_and_the_plots(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = (out / "RESULTS.md").read_text(encoding="utf-8")
-    for family in ("Search", "Precision", "Coreset"):
+    for family in ("Search", "Precision", "Coreset", "Losses"):
         assert f"## {family}: " in report
     assert "faster than faiss" in report
+    assert "faster than metric learning" in report
     assert "measured peak: " in report
     plots = sorted(path.name for path in (out / "plots").iterdir())
     assert plots == ["search_neighbours.png", "search_rows.png", "search_width.png"]

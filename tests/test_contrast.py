@@ -6,7 +6,8 @@ from torch import Tensor
 
 from pyfeat import _C, reference
 from pyfeat._checks import as_matrix
-from pyfeat._contrast import KeptPairs, Pairs
+from pyfeat._contrast_cpu import KeptPairs
+from pyfeat._pairs import Pairs
 
 SIZES = [(1, 1, 1), (5, 33, 7), (97, 31, 40), (130, 481, 33), (300, 129, 257)]
 CASES = {
@@ -53,7 +54,7 @@ def cut(pairs: Pairs, num_rows: int, num_columns: int) -> Pairs:
 
 def sums_of(a: Tensor, b: Tensor, scale: float, pairs: Pairs, isa: str) -> list[Tensor]:
     sums = [torch.full((len(x),), float("nan"), dtype=torch.float64) for x in (a, b, a, b, a)]
-    row_lse, column_lse, *others = (x.data_ptr() for x in sums)
+    row_lse, column_lse, row_positives, column_positives, row_largest = (x.data_ptr() for x in sums)
     _C.log_sum_exp_cpu(
         as_matrix(a),
         as_matrix(b),
@@ -64,7 +65,9 @@ def sums_of(a: Tensor, b: Tensor, scale: float, pairs: Pairs, isa: str) -> list[
         2,
         isa,
         KeptPairs(pairs).terms,
-        *others,
+        row_positives,
+        column_positives,
+        row_largest,
     )
     return sums
 

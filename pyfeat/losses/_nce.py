@@ -43,7 +43,7 @@ def info_nce(
     Queries without a positive key have loss 0 and do not count in the mean.
 
     Args:
-        queries: (N, D) float32, float16 or bfloat16, finite. N may be 0.
+        queries: (N, D) float32, float64, float16 or bfloat16, finite. N may be 0.
         keys: (M, D), dtype and device of ``queries``.
         temperature: > 0; a tensor () may have a gradient.
         targets: (N,) int64, of every query its positive key; None: the key of the same index.
@@ -62,14 +62,15 @@ def info_nce(
         backend: Backend to run; None takes the fastest that supports the inputs.
 
     Returns:
-        () float32, or (N,) with reduction "none".
+        () float32 (float64 for float64 features), or (N,) with reduction "none".
 
     Raises:
         TypeError: If features are not float, or ids not int64.
         ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite.
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
-    Precision: products and gradients in float32, sums of the loss in float64.
+    Precision: products and gradients in float32, sums of the loss in float64; everything in float64
+    for float64 features. Gradients may be differentiated once more.
     Memory: O((N + M) D); the (N, M) similarities are never stored.
     Source: van den Oord et al., Representation learning with contrastive predictive coding, 2018,
     arXiv:1807.03748; logQ: Yi et al., Sampling-bias-corrected neural modeling, RecSys 2019.
@@ -145,7 +146,7 @@ def clip_loss(
     with the diagonal as targets.
 
     Args:
-        image: (N, D) float32, float16 or bfloat16, usually of unit length.
+        image: (N, D) float32, float64, float16 or bfloat16, usually of unit length.
         text: (N, D), or (M, D) with ids; dtype and device of ``image``.
         logit_scale: > 0, the inverse of a temperature; a tensor () may have a gradient.
         image_ids: (N,) int64 with ``text_ids``: all texts with the id of an image are its positives,
@@ -156,7 +157,8 @@ def clip_loss(
         backend: See above.
 
     Returns:
-        () float32, or (N,) with reduction "none", the mean of both directions.
+        () float32 (float64 for float64 features), or (N,) with reduction "none", the mean of both
+        directions.
 
     Memory: O(N D); the (N, N) similarities are never stored.
     Source: Radford et al., Learning transferable visual models from natural language supervision,

@@ -32,7 +32,7 @@ def supcon_loss(
     ("out"). Rows without positives have loss 0 and do not count in the mean.
 
     Args:
-        features: (N, D) float32, float16 or bfloat16, finite, usually of unit length.
+        features: (N, D) float32, float64, float16 or bfloat16, finite, usually of unit length.
         labels: (N,) int64.
         temperature: > 0; a tensor () may have a gradient.
         normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
@@ -40,7 +40,7 @@ def supcon_loss(
         backend: See above.
 
     Returns:
-        () float32, or (N,) with reduction "none".
+        () float32 (float64 for float64 features), or (N,) with reduction "none".
 
     Memory: O(N D); the (N, N) similarities are never stored.
     Source: Khosla et al., Supervised contrastive learning, NeurIPS 2020, arXiv:2004.11362.
@@ -73,7 +73,7 @@ def nt_xent(
     ``loss_i = logsumexp_j S_ij - S_ip``, p being the other view of i.
 
     Args:
-        z1: (N, D) float32, float16 or bfloat16, finite, usually of unit length.
+        z1: (N, D) float32, float64, float16 or bfloat16, finite, usually of unit length.
         z2: (N, D), the other views, dtype and device of ``z1``.
         temperature: > 0; a tensor () may have a gradient.
         normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
@@ -81,7 +81,8 @@ def nt_xent(
         backend: See above.
 
     Returns:
-        () float32, or (2 N,) with reduction "none", those of ``z1`` first.
+        () float32 (float64 for float64 features), or (2 N,) with reduction "none", those
+        of ``z1`` first.
 
     Memory: O(N D); the (2 N, 2 N) similarities are never stored.
     Source: Chen et al., A simple framework for contrastive learning of visual representations, ICML
