@@ -1,0 +1,148 @@
+"""Losses of a batch that lies on several processes: what their ranks agree on, and what they return.
+
+The contract of ``group`` and ``reduce``, for every loss that has them. The loss is that of the batches of
+all ranks of ``group`` together, a mean being over all their rows that count, and each rank gets its
+value, of the same bits. All ranks take part in the forward and in the backward pass. With
+L the global loss, features_r the own rows of rank r, and W ranks, backward gives
+
+    reduce        gradient by features_r    by a temperature, scale or bias    of use with
+    "ddp_mean"    W dL/dfeatures_r          W times the part of rank r         DistributedDataParallel
+    "sum"         dL/dfeatures_r            the part of rank r                 all_reduce of gradients
+
+where parts sum up to the gradient by the parameter that ranks share. So the mean over ranks, which
+DistributedDataParallel takes, or else the sum, is the gradient of L by every parameter, of the encoders and
+of the loss alike. With reduction "none" a rank gets the losses of its own rows, and L is the sum of what
+ranks make of theirs.
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyfeat._checks import check_choice
+from pyfeat._distributed import SCHEDULES, Ranks, Schedule
+
+Reduce = Literal["ddp_mean", "sum"]
+REDUCES: tuple[Reduce, ...] = ("ddp_mean", "sum")
+
+
+class Meeting:
+    """Ranks tell each other their arguments; what is wrong on one is raised on all.
+
+    Otherwise the others would wait for it until the group times out. A context: checks are made inside
+    and end with ``tell``; afterwards ``ranks`` is known.
+
+    Raises:
+        TypeError: If ``group`` is no process group.
+        ValueError: If this process is not in it, or arguments differ that must not.
+        RuntimeError: If another rank has raised.
+    """
+
+    ranks: Ranks
+
+    def __init__(self, op: str, group: "dist.ProcessGroup", schedule: Schedule = "ring") -> None:
+        _check_member(op, group)
+        self._op, self._group, self._schedule = op, group, schedule
+        self._sizes = (0, 0)
+        self._same: dict[str, object] = {"loss": op}
+
+    def __enter__(self) -> "Meeting":
+        check_choice(self._op, "schedule", self._schedule, SCHEDULES)
+        return self
+
+    def tell(self, a: Tensor, b: Tensor, scale: Tensor, **same: object) -> None:
+        """Rows and columns of this rank; ``same``: what else must be the same on all ranks."""
+        check_backend(self._op, self._group, a.device)
+        self._sizes = a.shape[0], b.shape[0]
+        self._same |= {
+            "D": a.shape[1],
+            "dtype": str(a.dtype).removeprefix("torch."),
+            "scale": float(scale.detach()),
+            "schedule": self._schedule,
+            # Whoever needs no gradient is missing when the others communicate in backward.
+            "requires_grad of features and scale": tuple(
+                torch.is_grad_enabled() and x.requires_grad for x in (a, b, scale)
+            ),
+            **same,
+        }
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return
+        own = (self._same, self._sizes, None if error is None else str(error))
+        told: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(told, own, self._group)
+        if error is not None:
+            return
+        for rank, (_, _, message) in enumerate(told):
+            if message is not None:
+                message = f"{self._op}: arguments must be valid on all ranks, got on rank {rank}: {message}"
+                raise RuntimeError(message)
+        self._check_same([same for same, _, _ in told])
+        num_rows, num_columns = zip(*(sizes for _, sizes, _ in told), strict=True)
+        rank = dist.get_rank(self._group)
+        self.ranks = Ranks(self._group, rank, num_rows, num_columns, self._schedule)
+
+    def _check_same(self, told: Sequence[dict[str, object]]) -> None:
+        for name, expected in told[0].items():
+            for rank, same in enumerate(told):
+                if same.get(name) != expected:
+                    message = (
+                        f"{self._op}: {name} must be the same on all ranks, "
+                        f"got {expected} on rank 0 and {same.get(name)} on rank {rank}"
+                    )
+                    raise ValueError(message)
+
+
+def _check_member(op: str, group: object) -> None:
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        message = f"{op}: group must contain this process, got a group of others"
+        raise ValueError(message)
+    if not isinstance(group, dist.ProcessGroup):
+        message = f"{op}: group must be a ProcessGroup or None, got {type(group).__name__}"
+        raise TypeError(message)
+
+
+def check_backend(op: str, group: "dist.ProcessGroup", device: torch.device) -> None:
+    """Raise unless ``group`` sends tensors of ``device`` from rank to rank."""
+    config = dist.get_backend_config(group)  # as in "cpu:gloo,cuda:nccl"
+    backends = dict(entry.split(":") for entry in config.split(","))
+    backend = backends.get(device.type)
+    # Gloo reduces tensors on a GPU, but does not send them to one rank.
+    if backend is None or (backend == "gloo" and device.type != "cpu"):
+        message = f"{op}: group must send tensors on {device.type} from rank to rank, got {config}"
+        raise ValueError(message)
+
+
+def global_sum(values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
+    """Sum of float64 ``values`` over all ranks, of the same bits on all; gradients as in the contract."""
+    total: Tensor = _GlobalSum.apply(values, ranks, reduce)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _GlobalSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
+        ctx.factor = float(ranks.world_size) if reduce == "ddp_mean" else 1.0
+        return _gathered(values, ranks).sum(dim=0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.factor * grads[0], None, None
+
+
+def _gathered(values: Tensor, ranks: Ranks) -> Tensor:
+    """(W, ...), in the order of ranks: an all_reduce might add in another order on every rank."""
+    values = values.contiguous()
+    parts = [torch.empty_like(values) for _ in range(ranks.world_size)]
+    dist.all_gather(parts, values, ranks.group)
+    return torch.stack(parts)

@@ -1,0 +1,137 @@
+"""Losses over the batches of several processes against those of one."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyfeat import reference
+from pyfeat._contrast import Pairs, PairSums, pair_sums
+from pyfeat.losses._group import Meeting
+from tests.support_distributed import (
+    DIM,
+    DISAGREEMENTS,
+    LARGE_BLOCK,
+    SCALE,
+    SIZES,
+    SUMS,
+    run_on_ranks,
+    whole_problem,
+    with_gradients,
+)
+
+WORLD_SIZES = tuple(SIZES)
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES, ids=lambda size: f"{size} ranks")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each rank found."""
+    return run_on_ranks(request.param, tmp_path_factory.mktemp("ranks"))
+
+
+def results_of(ranks: list[dict[str, Any]], case: str) -> list[Any]:
+    return [rank[case] for rank in ranks]
+
+
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_sums_and_gradients_are_those_of_one_process(
+    ranks: list[dict[str, Any]], case: Any
+) -> None:
+    size, terms, columns, _, dtype = case
+    sizes = SIZES[len(ranks)][size]
+    found = results_of(ranks, f"sums {case}")
+    problem = whole_problem(sizes, terms, columns, dtype)
+    one = with_gradients(problem, functools.partial(pair_sums, columns=columns))
+    wide = problem._replace(a=problem.a.double(), b=problem.b.double())
+    exact = with_gradients(wide, functools.partial(exact_sums, columns=columns))
+    for i, (single, true) in enumerate(zip(one, exact, strict=True)):
+        parts = [result[i] for result in found]
+        joined = torch.stack(parts).sum(dim=0) if true.ndim == 0 else torch.cat(parts)
+        finite = true.masked_fill(true == -torch.inf, 0.0)
+        # The gradient by the scale is a sum of <a_i, da_i>, which may cancel.
+        summed = (wide.a * exact[4]).sum(dim=1).abs().sum() / SCALE
+        largest = float(summed) if true.ndim == 0 else largest_of(finite)
+        # Of 16 bits, gradients are rounded once.
+        rtol = max(1e-6, torch.finfo(true.dtype if i < 4 else dtype).eps)
+        torch.testing.assert_close(joined, single, rtol=rtol, atol=1e-6 * largest)
+        floor = 1e-6 * max(largest, 1.0)
+        torch.testing.assert_close(joined.double(), true.double(), rtol=rtol, atol=floor)
+
+
+def exact_sums(a: Tensor, b: Tensor, scale: Tensor, pairs: Pairs, *, columns: bool) -> PairSums:
+    sums = PairSums(*reference.pair_sums(a, b, scale, *pairs))
+    none = sums.row_lse.new_empty(0)
+    return sums if columns else sums._replace(column_lse=none, column_positives=none)
+
+
+def largest_of(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def test_a_ring_holds_the_columns_of_one_other_rank_only(ranks: list[dict[str, Any]]) -> None:
+    block = LARGE_BLOCK * DIM
+    assert set(results_of(ranks, "largest ring")) == {block}
+    assert set(results_of(ranks, "largest gather")) == {len(ranks) * block}
+
+
+def test_totals_have_the_same_bits_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    totals = [total for total, _ in results_of(ranks, "total sum")]
+    assert all(torch.equal(total, totals[0]) for total in totals)
+    count = len(ranks)
+    torch.testing.assert_close(float(totals[0][1]), count * (count - 1) / 2 + 0.3 * count)
+
+
+def test_gradients_of_a_mean_over_ranks_are_as_many_times_as_large(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for reduce, factor in (("sum", 1.0), ("ddp_mean", float(len(ranks)))):
+        for _, grad in results_of(ranks, f"total {reduce}"):
+            assert grad.tolist() == [2.0 * factor, 3.0 * factor]
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_what_differs_is_named_on_all_ranks(ranks: list[dict[str, Any]], name: str) -> None:
+    for message in results_of(ranks, f"disagreement {name}"):
+        assert message.startswith(f"ValueError: clip_loss: {DISAGREEMENTS[name][1]}") or (
+            name == "loss" and message.startswith(f"ValueError: info_nce: {DISAGREEMENTS[name][1]}")
+        )
+
+
+def test_an_error_on_one_rank_is_an_error_on_all(ranks: list[dict[str, Any]]) -> None:
+    for rank, message in enumerate(results_of(ranks, "refused")):
+        told = "RuntimeError: clip_loss: arguments must be valid on all ranks, got on rank 1: bad"
+        assert message == ("ValueError: bad" if rank == 1 else told)
+
+
+def test_groups_work_side_by_side_and_refuse_others(ranks: list[dict[str, Any]]) -> None:
+    members = [list(range(len(ranks)))[i::2] for i in (0, 1)]
+    found = results_of(ranks, "subgroups")
+    sizes = ((11,) * (len(ranks) // 2),) * 2
+    problem = whole_problem(sizes, "positives")
+    expected = pair_sums(*problem[:4])
+    for group in members:
+        for i, one in enumerate(expected):
+            joined = torch.cat([found[rank][1][i] for rank in group])
+            torch.testing.assert_close(joined, one, rtol=1e-6, atol=1e-6)
+    for outside, _ in found:
+        assert outside == (
+            "ValueError: clip_loss: group must contain this process, got a group of others"
+        )
+
+
+def test_a_group_must_send_tensors_of_the_device(ranks: list[dict[str, Any]]) -> None:
+    must = "ValueError: clip_loss: group must send tensors on"
+    for messages in results_of(ranks, "backends"):
+        assert messages == [
+            "no error, but None",
+            f"{must} cuda from rank to rank, got cpu:gloo,cuda:gloo",
+            f"{must} cpu from rank to rank, got cuda:nccl",
+            "no error, but None",
+        ]
+
+
+def test_a_group_must_be_a_process_group() -> None:
+    with pytest.raises(TypeError, match="clip_loss: group must be a ProcessGroup or None, got str"):
+        Meeting("clip_loss", "gloo")  # type: ignore[arg-type]
