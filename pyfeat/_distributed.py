@@ -143,7 +143,9 @@ def _with_columns(pairs: Pairs, block: Columns) -> Pairs:
 
 
 def _sums(a: Tensor, b: Tensor, scale: Tensor, pairs: Pairs, columns: bool) -> PairSums:
-    return PairSums(*torch.ops.pyfeat.pair_sums(a, b, scale, *pairs, columns))
+    # Neither the largest, nor a batch with itself, nor anything kept for the gradients.
+    *sums, _ = torch.ops.pyfeat.pair_sums(a, b, scale, *pairs, columns, False, False, 0)
+    return PairSums(*sums)
 
 
 def _gradients(
@@ -172,6 +174,10 @@ def _gradients(
             for name in ("lse", "grad_lse", "grad_positives")
             for of in (of_rows, of_columns)
         ),
+        False,
+        True,
+        True,
+        None,
     )
     return gradients
 

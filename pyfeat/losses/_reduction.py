@@ -22,13 +22,12 @@ def sums_over(
     pairs: Pairs,
     *,
     columns: bool,
-    itself: bool = False,
     backend: Backend | None,
 ) -> PairSums:
     check_choice(op, "backend", backend, (None, *BACKENDS))
     if select_backend(op, backend, a) == "reference":
         return PairSums(*reference.pair_sums(a, b, scale, *pairs))
-    return pair_sums(a, b, scale, pairs, columns=columns, itself=itself)
+    return pair_sums(a, b, scale, pairs, columns=columns)
 
 
 def softmax_loss(

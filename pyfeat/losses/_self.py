@@ -114,6 +114,6 @@ def _self_loss(
     places = torch.arange(len(z), dtype=torch.int32, device=z.device)
     scale = 1.0 / positive_number(op, "temperature", temperature, z)
     pairs = Pairs(None, ids, ids, places, places, separate_positives=separate)
-    sums = sums_over(op, z, z, scale, pairs, columns=False, itself=True, backend=backend)
+    sums = sums_over(op, z, z, scale, pairs, columns=False, backend=backend)
     losses, counted = softmax_loss(sums.row_lse, sums.row_positives, counts, separate=separate)
     return reduced(op, losses, counted, reduction, z)
