@@ -72,7 +72,7 @@ def distributed_pair_sums(
         RuntimeError: If a gradient is differentiated again.
     """
     sums = _DistributedPairSums.apply(a, b, scale, pairs, columns, ranks)  # type: ignore[no-untyped-call]
-    return PairSums(*sums)
+    return PairSums(*sums, row_largest=sums[0].new_empty(0))
 
 
 class _DistributedPairSums(torch.autograd.Function):
