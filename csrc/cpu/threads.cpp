@@ -11,6 +11,7 @@
 #include <xmmintrin.h>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -39,6 +40,45 @@ class GradualUnderflow {
 #else
     GradualUnderflow() {}
 #endif
+};
+
+// The OpenMP runtime that the process has loaded, as torch does: its threads wait for work without
+// sleeping for a while after each operation, so that threads of another pool would have to share
+// cores with them. Found by name: nothing links to it.
+class SharedRuntime {
+  public:
+    // Runs body(worker) for at most so many workers. False if there is no such runtime.
+    bool run(int num_workers, const std::function<void(int)>& body) const {
+        if (parallel_ == nullptr) {
+            return false;
+        }
+        Call call{&body, {0}};
+        parallel_(&enter, &call, static_cast<unsigned>(num_workers), 0);
+        return true;
+    }
+
+    SharedRuntime() = default;
+    explicit SharedRuntime(const char* name) {
+#if defined(__unix__)
+        parallel_ = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, name));
+#else
+        static_cast<void>(name);
+#endif
+    }
+
+  private:
+    using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    struct Call {
+        const std::function<void(int)>* body;
+        std::atomic<int> next;
+    };
+
+    static void enter(void* data) {
+        auto& call = *static_cast<Call*>(data);
+        (*call.body)(call.next.fetch_add(1, std::memory_order_relaxed));
+    }
+
+    Parallel parallel_ = nullptr;
 };
 
 class ThreadPool {
@@ -97,12 +137,26 @@ class ThreadPool {
     std::uint64_t generation_ = 0;
 };
 
+// Threads do not survive a fork, and the runtime would wait for its own in the child.
+std::atomic<bool>& has_forked() {
+    static std::atomic<bool> forked{false};
+    return forked;
+}
+
+const SharedRuntime& shared_runtime() {
+    static const SharedRuntime runtime("GOMP_parallel"), none;
+    return has_forked().load(std::memory_order_relaxed) ? none : runtime;
+}
+
 std::atomic<ThreadPool*>& current_pool() {
     // Never destroyed: its threads sleep until the process ends.
     static std::atomic<ThreadPool*> pool{[] {
 #if defined(__unix__) || defined(__APPLE__)
-        // Threads do not survive a fork, and their locks may be held for ever: start afresh.
-        pthread_atfork(nullptr, nullptr, [] { current_pool().store(new ThreadPool); });
+        // Locks may be held for ever by threads that are gone: start afresh.
+        pthread_atfork(nullptr, nullptr, [] {
+            has_forked().store(true, std::memory_order_relaxed);
+            current_pool().store(new ThreadPool);
+        });
 #endif
         return new ThreadPool;
     }()};
@@ -161,7 +215,8 @@ void Execution::parallel_for(std::int64_t num_tasks,
         }
     };
     const int workers = static_cast<int>(num_tasks < num_threads_ ? num_tasks : num_threads_);
-    if (workers == 1 || !current_pool().load()->run(workers, work)) {
+    ThreadPool* const own = current_pool().load();
+    if (workers == 1 || !(shared_runtime().run(workers, work) || own->run(workers, work))) {
         work(0);
     }
     if (error) {

@@ -124,6 +124,10 @@ void log_sum_exp_cpu(const LogSumExpParams& params, Isa isa, Execution& executio
                                          kernels,
                                          execution);
     if (tiles) {
+        const TileKernels& shape = kernels.tile_kernels(Precision::kFloat32);
+        const std::int64_t panel =
+            (params.b.num_rows + shape.rows - 1) / shape.rows * shape.rows * shape.queries;
+        prefer_huge_pages(params.kept.products, params.kept.num_panels * panel * 4);
         TileSums sums(params, factors, kernels, execution);
         sums.run();
         sums.write();

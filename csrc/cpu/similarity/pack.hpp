@@ -15,6 +15,10 @@
 namespace pyfeat {
 
 // Floats on a 64-byte boundary, uninitialised.
+// A large block is written once and read a few times: filling it page by page costs as much as
+// that.
+void prefer_huge_pages(void* data, std::int64_t num_bytes);
+
 class AlignedFloats {
   public:
     // Room for `count` values; what was there is lost if that takes a new block.

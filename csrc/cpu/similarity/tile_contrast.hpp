@@ -212,6 +212,13 @@ PYFEAT_NOINLINE void multiply_gradient(std::int64_t count,
                                        float* sums,
                                        std::int64_t stride,
                                        int rows) {
+    // The sums of a whole gradient do not fit the second-level cache: asked for now, they are there
+    // when the products are.
+    for (int r = 0; r < rows; ++r) {
+        for (int at = 0; at < kTileRows; at += 16) {
+            PYFEAT_PREFETCH(sums + r * stride + at);
+        }
+    }
     Floats sum[kTileQueries][kTileVectors];
     PYFEAT_UNROLL
     for (int v = 0; v < kTileVectors; ++v) {
