@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyfeat.losses import info_nce
-from pyfeat.losses._queue import FeatureQueue
+from pyfeat.losses import FeatureQueue, info_nce
 
 
 def ring(batches: list[Tensor], size: int) -> Tensor:
