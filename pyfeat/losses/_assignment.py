@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfeat._contrast import Pairs
-from pyfeat._contrast_blocks import blocks, product_dtype, without_autocast
+from pyfeat._contrast import Pairs, WeightedSide, weighted_features
+from pyfeat._contrast_blocks import product_dtype
 
 
 class Assignment(NamedTuple):
@@ -52,14 +52,9 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, *assignment: Tensor) -> Tensor:
-        *rest, row_lse = assignment
-        # Scores of large vectors are rounded in one way where they are summed up and in another here. That
-        # must not look like a row of more or less than 1: the sums of rows come with the product.
-        wide = torch.nn.functional.pad(values, (0, 1), value=1.0)
-        product, sums = _product(assignment, wide, transposed=False).tensor_split((-1,), dim=1)
-        ctx.save_for_backward(*rest, row_lse + sums[:, 0].double().log())
+        ctx.save_for_backward(*assignment)
         ctx.dtype = values.dtype
-        return product / sums
+        return _product(assignment, values, transposed=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,15 +77,22 @@ class _Sum(torch.autograd.Function):
 
 
 def _product(assignment: Sequence[Tensor], values: Tensor, *, transposed: bool) -> Tensor:
+    """Q, or its transpose, times ``values``, of the dtype of products."""
     features, prototypes, scale, columns, row_lse = assignment
     dtype = product_dtype(features)
     a, b, values = features.to(dtype), prototypes.to(dtype), values.to(dtype)
-    out = values.new_zeros(len(b if transposed else a), values.shape[1])
-    with without_autocast(a):
-        for block in blocks(a, b, scale, Pairs(columns)):
-            q = block.softmax(row_lse, 1).to(dtype)  # [l, s]
-            if transposed:
-                out[block.columns] += q.T @ values[block.rows]
-            else:
-                out[block.rows] += q @ values[block.columns]
-    return out
+    ones, zeros = torch.ones_like(row_lse), torch.zeros_like(row_lse)
+    none = values.new_empty(len(b if transposed else a), 0)
+    products = weighted_features(
+        a,
+        b,
+        scale,
+        Pairs(columns),
+        WeightedSide(row_lse, ones, zeros),
+        None,
+        values if transposed else none,
+        none if transposed else values,
+        need_a=not transposed,
+        need_b=transposed,
+    )
+    return products[1] if transposed else products[0]

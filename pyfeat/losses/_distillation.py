@@ -71,7 +71,8 @@ def dino_loss(
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
     Precision: products and gradients in float32, sums of the loss in float64.
-    Memory: O((V B + K) D + (T B + K) C); (B, K) scores are never stored.
+    Memory: O((V B + K) D + (T B + K) C), and as much of the student's scores as ``set_memory_budget`` lets
+    the backward pass keep; the teacher's are never stored.
     Source: Caron et al., Emerging properties in self-supervised vision transformers, ICCV 2021,
     arXiv:2104.14294; Sinkhorn-Knopp: Oquab et al., DINOv2, 2023, arXiv:2304.07193.
 
@@ -100,7 +101,7 @@ def dino_loss(
     )
     prototypes = student_prototypes, teacher_prototypes
     losses, b = _distilled(op, named, taught, prototypes, range(len(taught)), options)
-    return reduced(op, losses, torch.ones_like(losses), reduction, b)
+    return reduced(op, losses, None, reduction, b)
 
 
 def ibot_loss(
@@ -143,7 +144,7 @@ def ibot_loss(
     Returns:
         () float32, float64 for float64 features, or (B,) with reduction "none".
 
-    Memory: O((B + K) (C + D)); (B, K) scores are never stored.
+    Memory: as ``dino_loss``.
     Source: Zhou et al., iBOT: image BERT pre-training with online tokenizer, ICLR 2022, arXiv:2111.07832.
 
     Examples:
@@ -176,7 +177,7 @@ def ibot_loss(
         if reduction == "mean":
             total = counts.sum()
             losses = losses * (len(counts) / total.where(total > 0, 1.0))
-    return reduced(op, losses, torch.ones_like(losses), reduction, b)
+    return reduced(op, losses, None, reduction, b)
 
 
 class DINOCenter(nn.Module):

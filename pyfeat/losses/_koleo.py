@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyfeat import reference
-from pyfeat._backends import BACKENDS, Backend, select_backend
+from pyfeat._backends import BACKENDS, Backend
 from pyfeat._checks import check_choice
 from pyfeat.losses._arguments import checked_features, positive_number
 from pyfeat.losses._reduction import Reduction, reduced
@@ -60,12 +60,10 @@ def koleo(
     check_choice(op, "backend", backend, (None, *BACKENDS))
     if len(x) < 2:
         losses = 0.0 * x.double().sum(dim=1)
-    elif select_backend(op, backend, x) == "reference":
+    elif backend == "reference":
         losses = reference.koleo(x, offset)
     else:
-        distances, indices = knn(x, x, 2, backend=backend)  # [N, 2]
-        # A row comes first among its equals, or an equal of lower index does, which is its nearest.
-        is_first = indices[:, 0] == torch.arange(len(x), device=x.device)
-        nearest = distances[:, 1].where(is_first, distances[:, 0])
+        # The nearest of all is the row itself or, at the same distance of 0, a duplicate.
+        nearest = knn(x, x, 2, backend=backend).distances[:, 1]
         losses = -torch.log(nearest.double() + offset)
-    return reduced(op, losses, torch.ones_like(losses), reduction, x)
+    return reduced(op, losses, None, reduction, x)

@@ -73,7 +73,8 @@ def swav_loss(
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
     Precision: products and gradients in float32, sums of the loss in float64.
-    Memory: O((V B + E + K) D); (B, K) scores and assignments are never stored.
+    Memory: O((V B + E + K) D), and as much of the scores as ``set_memory_budget`` lets the backward pass keep;
+    the assignments are never stored.
     Source: Caron et al., Unsupervised learning of visual features by contrasting cluster assignments,
     NeurIPS 2020, arXiv:2006.09882.
 
@@ -106,14 +107,14 @@ def swav_loss(
         losses = reference.swav_losses(
             features, b, predicting, indices, balanced, 1.0 / float(scale), iterations
         )
-        return reduced(op, losses, torch.ones_like(losses), reduction, b)
+        return reduced(op, losses, None, reduction, b)
     targets = []
     for x in balanced:
         columns = balanced_columns(op, x, w, scale, iterations, group, backend)
         assignment = softmax_assignment(op, x[: len(features[0])], w, scale, columns, backend)
         targets.append(assignment.mean(b))
     losses = prediction_losses(op, features, b, 1.0 / predicting, targets, indices, backend)
-    return reduced(op, losses, torch.ones_like(losses), reduction, b)
+    return reduced(op, losses, None, reduction, b)
 
 
 def prediction_losses(

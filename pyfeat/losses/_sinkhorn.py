@@ -13,8 +13,6 @@ from pyfeat.losses._reduction import sums_over
 
 # Of the scores in float64 at a time: what a core's cache holds, and on a GPU what keeps it busy.
 _CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 20, 64 << 20
-# Sums of probabilities below this may have lost terms to underflow, at 2e-308.
-_SMALLEST_SUM = 1e-250
 
 
 def sinkhorn(
@@ -66,29 +64,19 @@ def sinkhorn(
     num_bytes = _CHUNK_BYTES if s.device.type == "cpu" else _GPU_CHUNK_BYTES
     chunk_size = max(1, num_bytes // (8 * s.shape[1]))
     chunks = torch.split(s, chunk_size)
-
-    def log_sums(columns: Tensor | None, where: Tensor | slice = slice(None)) -> Tensor:
-        """Log-sum-exps over rows of the scores, or of the logarithms of row probabilities."""
-        total = s.new_full((s.shape[1],), -torch.inf, dtype=torch.float64)[where]
-        for chunk in chunks:
-            logits = chunk.double() / temperature
-            if columns is not None:
-                logits = torch.log_softmax(logits.add_(columns), dim=1)
-            total = torch.logaddexp(total, torch.logsumexp(logits[:, where], dim=0))
-        return log_sum_exp_over(group, total)
-
-    columns = -log_sums(None)
+    lse = s.new_full((s.shape[1],), -torch.inf, dtype=torch.float64)
+    for chunk in chunks:
+        lse = torch.logaddexp(lse, torch.logsumexp(chunk.double() / temperature, dim=0))
+    columns = -log_sum_exp_over(group, lse)
     for _ in range(iterations - 1):
-        # Of probabilities first: half the exponentials.
+        # Half the exponentials of log-sum-exps, and no underflow: where columns sum to 1, the largest entry
+        # of each is at least 1 / B and a row sums to at most K, so that none of these is below 1 / (B K).
         sums = torch.zeros_like(columns)
         for chunk in chunks:
             sums += torch.softmax((chunk.double() / temperature).add_(columns), dim=1).sum(dim=0)
         if group is not None:
             dist.all_reduce(sums, group=group)
-        logs, small = sums.log(), sums < _SMALLEST_SUM
-        if small.any():
-            logs[small] = log_sums(columns, small)
-        columns = columns - logs
+        columns = columns - sums.log()
     out = torch.empty_like(s, dtype=distance_dtype_of(s), memory_format=torch.contiguous_format)
     for part, chunk in zip(torch.split(out, chunk_size), chunks, strict=True):
         part.copy_(torch.softmax((chunk.double() / temperature).add_(columns), dim=1))
