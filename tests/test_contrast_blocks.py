@@ -98,6 +98,20 @@ def test_both_derivatives_of_the_op_are_right(
         assert torch.autograd.gradgradcheck(sums, leaves, fast_mode=True)
 
 
+def test_both_derivatives_of_a_batch_with_itself_are_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_contrast_blocks, "SIDE", 4)
+    z, scale = random(6, 2).requires_grad_(), torch.tensor(1.3).double().requires_grad_()
+    pairs = Pairs(None, ids(6, 3), ids(6, 3), ids(6, 6), ids(6, 6))
+
+    def sums(z: Tensor, scale: Tensor) -> list[Tensor]:
+        return finite(pair_sums(z, z, scale, pairs, columns=False, itself=True))
+
+    assert torch.autograd.gradcheck(sums, (z, scale))
+    assert torch.autograd.gradgradcheck(sums, (z, scale))
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "info_nce": lambda a, b, s, **o: info_nce(a, b, temperature=1.0 / s, normalize=True, **o),
     "clip_loss": clip_loss,
