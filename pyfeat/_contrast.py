@@ -103,7 +103,7 @@ def pair_sums(
     """Sums over the rows and columns of ``S = scale * a @ b.T + column_bias``; differentiable.
 
     Args:
-        a: (L, D) float32, float16 or bfloat16, finite.
+        a: (L, D) float32, float64, float16 or bfloat16, finite.
         b: (S, D), dtype and device of ``a``.
         scale: () float, positive.
         pairs: Constants.

@@ -53,10 +53,15 @@ class Block(NamedTuple):
 
     def softmax(self, lse: Tensor, dim: int) -> Tensor:
         """[l, s] ``exp(S - lse)`` of what has weight, 0 elsewhere."""
-        # A log-sum-exp over nothing, -inf, has no pair that could meet it.
-        lse = self.spread(lse.masked_fill(lse == -math.inf, 0.0), dim)
-        powers = (self.similarities - lse).exp_()
+        # A log-sum-exp over nothing, -inf, meets none but powerless pairs.
+        powers = (self.similarities - self.spread(lse, dim)).exp_()
         return powers if self.powerless is None else powers.masked_fill_(self.powerless, 0.0)
+
+    def without(self, excluded: Tensor | None) -> Tensor:
+        """[l, s] S, -inf where excluded."""
+        if excluded is None:
+            return self.similarities
+        return self.similarities.masked_fill(excluded, -math.inf)
 
     def at_positives(self, values: Tensor) -> Tensor:
         """[l, s] ``values`` where a pair is positive, 0 elsewhere."""
@@ -95,11 +100,13 @@ def blocks(a: Tensor, b: Tensor, scale: Tensor, pairs: Pairs) -> Iterator[Block]
             similarities = scale * products
             if pairs.column_bias is not None:
                 similarities += pairs.column_bias[columns].double()
-            yield Block(rows, columns, products, similarities, *_kinds(pairs, rows, columns))
+            yield Block(
+                rows, columns, products, similarities, *_kinds(pairs, rows, columns, products)
+            )
 
 
 def _kinds(
-    pairs: Pairs, rows: slice, columns: slice
+    pairs: Pairs, rows: slice, columns: slice, products: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Which pairs are positive, left out and powerless, each [l, s], or None if none is."""
     positive = _equal(pairs.row_ids, pairs.column_ids, rows, columns)
@@ -110,13 +117,14 @@ def _kinds(
         positive &= ~left_out
     powerless = left_out
     if pairs.separate_positives:
-        powerless = either(powerless, positive)
-    if pairs.only_positives and positive is not None:
-        powerless = either(powerless, ~positive)
+        powerless = _either(powerless, positive)
+    if pairs.only_positives:
+        nowhere = torch.zeros_like(products, dtype=torch.bool)
+        powerless = _either(powerless, ~(nowhere if positive is None else positive))
     return positive, left_out, powerless
 
 
-def either(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def _either(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """Where one of them is true; None is nowhere."""
     if first is None or second is None:
         return second if first is None else first
@@ -147,18 +155,11 @@ def sums(
     a, b = (x.to(product_dtype(x)) for x in (a, b))
     with without_autocast(a):
         for block in blocks(a, b, scale, pairs):
-            counted = block.similarities
-            if block.powerless is not None:
-                counted = counted.masked_fill(block.powerless, -math.inf)
+            counted = block.without(block.powerless)
             at_positives = block.at_positives(block.similarities)
-            others = either(block.left_out, block.positive)
-            if largest and counted.shape[1] > 0:
-                others_only = block.similarities
-                if others is not None:
-                    others_only = others_only.masked_fill(others, -math.inf)
-                row_largest[block.rows] = torch.maximum(
-                    row_largest[block.rows], others_only.amax(1)
-                )
+            if largest:
+                others = block.without(_either(block.left_out, block.positive))
+                row_largest[block.rows] = row_largest[block.rows].maximum(others.amax(1))
             for dim in (0, 1) if columns else (1,):
                 part = block.part(dim)
                 lse[dim][part] = torch.logaddexp(lse[dim][part], counted.logsumexp(dim))

@@ -118,7 +118,8 @@ def _products(
 
 def scale_gradient(a: Tensor, grad_a: Tensor, scale: Tensor) -> Tensor:
     """dL/dscale = <a, dL/da> / scale, at the price of one product of (L, D)."""
-    products = torch.einsum("ld,ld->l", a.float(), grad_a)
+    with _contrast_blocks.without_autocast(a):
+        products = torch.einsum("ld,ld->l", a.float(), grad_a)
     gradient = products.sum(dtype=torch.float64) / scale.double()
     return gradient.to(scale.dtype)
 

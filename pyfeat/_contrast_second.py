@@ -133,28 +133,30 @@ def _means(pairs: Iterator[Block], changes: _Changes, sides: Sides) -> dict[int,
 
 def keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the inputs of ``pyfeat::pair_sums_backward``; torch sees if one is changed in place."""
-    ctx.are_tensors = [isinstance(x, Tensor) for x in inputs]
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-    ctx.others = [x for x in inputs if not isinstance(x, Tensor)]
+    # The last, similarities that were kept, are as large as a budget allows and are not used here.
+    *inputs_, ctx.itself, _, _, _ = inputs
+    ctx.are_tensors = [isinstance(x, Tensor) for x in inputs_]
+    ctx.save_for_backward(*(x for x in inputs_ if isinstance(x, Tensor)))
+    ctx.others = [x for x in inputs_ if not isinstance(x, Tensor)]
 
 
 def second(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients by all inputs of ``pyfeat::pair_sums_backward``, None for what has none."""
     tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
     inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.are_tensors]
-    a, b = inputs[:2]
-    *inputs, itself, _, _, _ = inputs
     by_a, by_b, by_scale = by
-    if itself:
+    if ctx.itself:
         by_b = by_a
     # What was not asked for has no gradient.
     by_a, by_b = (
-        v if v.shape == x.shape else torch.zeros_like(x) for v, x in ((by_a, a), (by_b, b))
+        v if v.shape == x.shape else torch.zeros_like(x)
+        for v, x in zip((by_a, by_b), inputs, strict=False)
     )
-    gradients = torch.ops.pyfeat.pair_sums_second(*inputs, by_a, by_b, by_scale)
-    by_features = (gradients[0] + gradients[1], None) if itself else gradients[:2]
-    constants = [None] * (len(inputs) - len(gradients))
-    return (*by_features, gradients[2], *constants, *gradients[3:], None, None, None, None)
+    grad_a, grad_b, *gradients = torch.ops.pyfeat.pair_sums_second(*inputs, by_a, by_b, by_scale)
+    if ctx.itself:
+        grad_a, grad_b = grad_a + grad_b, None
+    constants = [None] * (len(inputs) - 2 - len(gradients))
+    return (grad_a, grad_b, gradients[0], *constants, *gradients[1:], None, None, None, None)
 
 
 def refuse_third(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:

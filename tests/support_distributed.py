@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfeat._contrast import Pairs, PairSums
-from pyfeat._distributed import SCHEDULES, Ranks, Schedule, distributed_pair_sums
+from pyfeat._distributed import distributed_pair_softplus, distributed_pair_sums
+from pyfeat._ranks import SCHEDULES, Ranks, Schedule
+from pyfeat._softplus import SoftplusSums
 from pyfeat.losses._group import REDUCES, Meeting, Reduce, check_backend, global_sum
 from tests.test_contrast import CASES as TERMS
 from tests.test_contrast import cut
@@ -49,7 +51,7 @@ class Problem(NamedTuple):
 
     def weighted(self, sums: PairSums) -> Tensor:
         """Sum of all sums that are finite, each with a weight of its own."""
-        terms = zip(sums, self.weights, strict=True)
+        terms = zip(sums[:4], self.weights, strict=True)
         return torch.stack([(x.where(x.isfinite(), 0.0) * w).sum() for x, w in terms]).sum()
 
 
@@ -113,8 +115,38 @@ def sums_on_ranks(
     ranks = Ranks(group, rank, tuple(sizes[0]), tuple(sizes[1]), schedule)
     problem = part_of(whole_problem(sizes, terms, columns, dtype), sizes, rank)
     return with_gradients(
-        problem, functools.partial(distributed_pair_sums, columns=columns, ranks=ranks)
+        problem,
+        functools.partial(distributed_pair_sums, columns=columns, ranks=ranks, largest=True),
     )
+
+
+def with_softplus_gradients(
+    problem: Problem,
+    softplus_of: Callable[[Tensor, Tensor, Tensor, Tensor, Pairs], SoftplusSums],
+    *,
+    uniform: bool,
+) -> list[Tensor]:
+    """Both sums, and the gradients of one sum of them by features, scale and bias."""
+    leaves = [x.clone().requires_grad_() for x in (*problem[:3], torch.tensor(-1.5))]
+    sums = softplus_of(*leaves, problem.pairs)  # type: ignore[call-arg, arg-type]
+    if uniform:
+        total = 0.37 * (sums.row_softplus - sums.row_positives).sum()
+    else:
+        total = (sums.row_softplus * problem.weights[0]).sum()
+        total = total + (sums.row_positives * problem.weights[2]).sum()
+    return [x.detach() for x in (*sums, *torch.autograd.grad(total, leaves))]
+
+
+def softplus_on_ranks(
+    group: dist.ProcessGroup, case: tuple[str, str, bool, Schedule, torch.dtype]
+) -> list[Tensor]:
+    size, terms, uniform, schedule, dtype = case
+    sizes = SIZES[dist.get_world_size(group)][size]
+    rank = dist.get_rank(group)
+    ranks = Ranks(group, rank, tuple(sizes[0]), tuple(sizes[1]), schedule)
+    problem = part_of(whole_problem(sizes, terms, dtype=dtype), sizes, rank)
+    softplus_of = functools.partial(distributed_pair_softplus, ranks=ranks)
+    return with_softplus_gradients(problem, softplus_of, uniform=uniform)
 
 
 def largest_tensor(group: dist.ProcessGroup, schedule: Schedule) -> int:
@@ -148,13 +180,14 @@ def meet(
     dim: int = 4,
     dtype: torch.dtype = torch.float32,
     scale: float = 2.0,
+    value: float = 1.0,
     *,
     schedule: Schedule = "ring",
     requires_grad: bool = False,
     failure: str = "",
     ids: str = "none",
 ) -> Ranks:
-    features = torch.ones(3, dim, dtype=dtype, requires_grad=requires_grad)
+    features = torch.full((3, dim), value, dtype=dtype, requires_grad=requires_grad)
     meeting = Meeting(op, group, schedule)
     with meeting:
         if failure:
@@ -180,6 +213,11 @@ DISAGREEMENTS: dict[str, tuple[dict[str, Any], str]] = {
         {"requires_grad": True},
         "requires_grad of features and scale must be the same on all ranks, "
         "got (False, False, False) on rank 0 and (True, True, False) on rank 1",
+    ),
+    "length": (
+        {"value": 5e17},
+        "|a| |b| and scale |a| |b| must be at most 1e+36 for the longest rows of all ranks, "
+        "got 1e+36 and scale 2",
     ),
     "options": (
         {"ids": "given"},
@@ -245,6 +283,13 @@ SUMS: list[tuple[str, str, bool, Schedule, torch.dtype]] = [
     *itertools.product(("uneven",), ("bias", "kept"), (False,), SCHEDULES, (torch.float32,)),
     *itertools.product(("uneven",), ("kept",), (True,), SCHEDULES, (torch.float16, torch.bfloat16)),
 ]
+# The same for softplus: whether all rows have the same weight, in place of columns.
+SOFTPLUS: list[tuple[str, str, bool, Schedule, torch.dtype]] = [
+    *itertools.product(("uneven", "empty"), ("kept",), (False, True), SCHEDULES, (torch.float32,)),
+    *itertools.product(
+        ("uneven",), ("positives",), (False, True), SCHEDULES[:1], (torch.bfloat16,)
+    ),
+]
 # Every case runs on all ranks in turn.
 CASES: dict[str, Callable[[dist.ProcessGroup], Any]] = {
     "refused": refused,
@@ -254,6 +299,7 @@ CASES: dict[str, Callable[[dist.ProcessGroup], Any]] = {
     **{f"total {x}": functools.partial(total, reduce=x) for x in REDUCES},
     **{f"largest {x}": functools.partial(largest_tensor, schedule=x) for x in SCHEDULES},
     **{f"sums {x}": functools.partial(sums_on_ranks, case=x) for x in SUMS},
+    **{f"softplus {x}": functools.partial(softplus_on_ranks, case=x) for x in SOFTPLUS},
 }
 
 

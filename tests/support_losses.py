@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def eager_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
@@ -46,13 +48,17 @@ def with_gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]
 
 
 def assert_as_good_as_torch(
-    ours: Callable[..., Tensor], eager: Callable[..., Tensor], *inputs: Tensor
+    ours: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    *inputs: Tensor,
+    cancelled: float = 0.0,
 ) -> None:
     """Fail unless the error of every loss and gradient is at most twice the largest that torch makes.
 
     Errors are those of float32 against ``eager`` in float64. Granted where torch, by chance, makes none:
     one rounding of the largest element and, for the losses and for the gradient by the scale, the last
-    argument, one of the largest similarity of unit vectors; and what float64 itself rounds.
+    argument, one of the largest similarity of unit vectors; and what float64 itself rounds. And one
+    rounding of what is ``cancelled``: the largest of two parts of a gradient whose difference it is.
     """
     scale = float(inputs[-1])
     exact = with_gradients(eager, *(x.double() if x.is_floating_point() else x for x in inputs))
@@ -60,8 +66,30 @@ def assert_as_good_as_torch(
         with_gradients(ours, *inputs), with_gradients(eager, *inputs), exact, strict=True
     ):
         error, budget = (mine - true).abs(), 2 * (theirs - true).abs().max()
-        rounded = {0: 1.0, 1: scale}.get(true.ndim, 2.0**-27 * scale)
+        rounded = {0: 1.0, 1: scale}.get(true.ndim, 2.0**-27 * scale + cancelled)
         floor = 2.0**-24 * float(true.abs().max()) + 2.0**-23 * rounded
         assert (error <= budget + floor).all(), (
             f"off by {error.max():.2e} of {true.abs().max():.2e} {tuple(true.shape)}, torch {budget / 2:.2e}"
         )
+
+
+class TensorSizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Elements of the largest tensor that operations return, but for what shares memory with others."""
+
+    def __init__(self, *others: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._others = {x.untyped_storage().data_ptr() for x in others}
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, tuple | list) else (found,):
+            if (
+                isinstance(x, Tensor)
+                and x.layout == torch.strided
+                and x.untyped_storage().data_ptr() not in self._others
+            ):
+                self.largest = max(self.largest, x.numel())
+        return found

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pyfeat.losses import clip_loss, info_nce
-from pyfeat.losses._cached import cached_step
+from pyfeat.losses import cached_step, clip_loss, info_nce
 from tests.support_cached import Encoder, Temperature, dropout, plain_step, views
 
 
@@ -212,7 +211,7 @@ class Autocast(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         Autocast.backwards.append(torch.is_autocast_enabled("cpu"))
         return grad
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyfeat.losses._cached import cached_step
+from pyfeat.losses import cached_step
 from tests.support_cached import Recorder, Temperature, dropout, views
 
 

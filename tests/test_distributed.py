@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyfeat import reference
 from pyfeat._contrast import Pairs, PairSums, pair_sums
+from pyfeat._softplus import SoftplusSums, pair_softplus
 from pyfeat.losses._group import Meeting
 from tests.support_distributed import (
     DIM,
@@ -16,10 +17,13 @@ from tests.support_distributed import (
     LARGE_BLOCK,
     SCALE,
     SIZES,
+    SOFTPLUS,
     SUMS,
+    Problem,
     run_on_ranks,
     whole_problem,
     with_gradients,
+    with_softplus_gradients,
 )
 
 WORLD_SIZES = tuple(SIZES)
@@ -43,18 +47,30 @@ def test_sums_and_gradients_are_those_of_one_process(
     sizes = SIZES[len(ranks)][size]
     found = results_of(ranks, f"sums {case}")
     problem = whole_problem(sizes, terms, columns, dtype)
-    one = with_gradients(problem, functools.partial(pair_sums, columns=columns))
+    one = with_gradients(problem, functools.partial(pair_sums, columns=columns, largest=True))
     wide = problem._replace(a=problem.a.double(), b=problem.b.double())
     exact = with_gradients(wide, functools.partial(exact_sums, columns=columns))
+    assert_as_near(found, one, exact, wide, dtype)
+
+
+def assert_as_near(
+    found: list[list[Tensor]],
+    one: list[Tensor],
+    exact: list[Tensor],
+    wide: Problem,
+    dtype: torch.dtype,
+) -> None:
+    """Sums of ranks, and gradients of the dtype, as near to what is exact as those of one process."""
+    grad_a = next(x for x in exact if x.shape == wide.a.shape)
     for i, (single, true) in enumerate(zip(one, exact, strict=True)):
         parts = [result[i] for result in found]
         joined = torch.stack(parts).sum(dim=0) if true.ndim == 0 else torch.cat(parts)
         finite = true.masked_fill(true == -torch.inf, 0.0)
         # The gradient by the scale is a sum of <a_i, da_i>, which may cancel.
-        summed = (wide.a * exact[4]).sum(dim=1).abs().sum() / SCALE
+        summed = (wide.a * grad_a).sum(dim=1).abs().sum() / SCALE
         largest = float(summed) if true.ndim == 0 else largest_of(finite)
         # Of 16 bits, gradients are rounded once.
-        rtol = max(1e-6, torch.finfo(true.dtype if i < 4 else dtype).eps)
+        rtol = max(1e-6, torch.finfo(dtype).eps if true.ndim == 2 else 0.0)
         torch.testing.assert_close(joined, single, rtol=rtol, atol=1e-6 * largest)
         floor = 1e-6 * max(largest, 1.0)
         torch.testing.assert_close(joined.double(), true.double(), rtol=rtol, atol=floor)
@@ -64,6 +80,20 @@ def exact_sums(a: Tensor, b: Tensor, scale: Tensor, pairs: Pairs, *, columns: bo
     sums = PairSums(*reference.pair_sums(a, b, scale, *pairs))
     none = sums.row_lse.new_empty(0)
     return sums if columns else sums._replace(column_lse=none, column_positives=none)
+
+
+@pytest.mark.parametrize("case", SOFTPLUS, ids=str)
+def test_softplus_and_gradients_are_those_of_one_process(
+    ranks: list[dict[str, Any]], case: Any
+) -> None:
+    size, terms, uniform, _, dtype = case
+    problem = whole_problem(SIZES[len(ranks)][size], terms, dtype=dtype)
+    wide = problem._replace(a=problem.a.double(), b=problem.b.double())
+    one = with_softplus_gradients(problem, pair_softplus, uniform=uniform)
+    exact = with_softplus_gradients(
+        wide, lambda *x: SoftplusSums(*reference.pair_softplus(*x[:4], *x[4][1:6])), uniform=uniform
+    )
+    assert_as_near(results_of(ranks, f"softplus {case}"), one, exact, wide, dtype)
 
 
 def largest_of(x: Tensor) -> float:

@@ -3,14 +3,17 @@
 import copy
 import pickle
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor, nn
 
-from pyfeat.losses import info_nce
-from pyfeat.losses._queue import FeatureQueue
+from pyfeat.losses import FeatureQueue, info_nce
 
 
 def ring(batches: list[Tensor], size: int) -> Tensor:
@@ -198,6 +201,75 @@ def test_enqueueing_after_the_backward_pass_is_safe() -> None:
         expected = torch.nn.functional.cross_entropy(logits, torch.arange(4))
         torch.testing.assert_close(gradient(loss, queries), gradient(expected, queries))
         queue.enqueue(keys)
+
+
+# Several processes
+
+COUNTS = (3, 0, 8)  # rows of a rank in each of the batches; the other rank has two more
+
+
+def batches_of(rank: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        (torch.randn(n + 2 * rank, 3, generator=generator), torch.arange(n + 2 * rank) + 100 * rank)
+        for n in COUNTS
+    ]
+
+
+def enqueue_on_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=30),
+    )
+    group, queue = dist.group.WORLD, FeatureQueue(9, 3, with_ids=True)
+    states = []
+    for features, ids in batches_of(rank):
+        mask = ids % 100 != 1
+        queue.enqueue(features, ids, mask=mask, group=group)
+        states.append((queue.features.clone(), queue.ids.clone()))
+    refusals = []
+    for bad in (torch.zeros(2, 4 if rank else 3), torch.zeros(2, 3)):
+        try:
+            queue.enqueue(bad, torch.arange(2), group=group)
+        except (ValueError, RuntimeError) as error:
+            refusals.append(str(error))
+        if rank:
+            queue.num_enqueued += 1
+    torch.save((states, refusals), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_ranks_put_in_the_rows_of_all(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(enqueue_on_rank, (tmp_path,), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    queue = FeatureQueue(9, 3, with_ids=True)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for i, batches in enumerate(zip(batches_of(0), batches_of(1), strict=True)):
+        for features, ids in batches:
+            queue.enqueue(features, ids, mask=ids % 100 != 1)
+        for states, _ in found:
+            assert torch.equal(states[i][0], queue.features)
+            assert torch.equal(states[i][1], queue.ids)
+    (_, refusals), (_, others) = found
+    assert others[0].endswith("features must have shape (2, 3), got (2, 4)")
+    assert refusals[0].endswith(f"got on rank 1: {others[0]}")
+    assert "num_enqueued must be the same on all ranks, got 23 on rank 0 and 24" in refusals[1]
+    assert others[1] == refusals[1]
+
+
+def test_a_group_of_one_is_no_different(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 's'}", rank=0, world_size=1)
+    try:
+        queue, batch = FeatureQueue(3, 2, with_ids=True), torch.randn(5, 2)
+        queue.enqueue(batch, torch.arange(5), group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(queue.features, ring([batch], 3))
+    assert torch.equal(queue.ids, torch.tensor([3, 4, 2]))
 
 
 # Refusals

@@ -1,11 +1,16 @@
-"""Arguments of the losses over all pairs: checks, and ids as the kernels take them."""
+"""Arguments of the losses over all pairs, checked."""
 
 import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfeat._checks import check_features, check_finite, dtype_name
+
+_LEAST = 1e-30
 
 
 def checked_features(op: str, *named: tuple[str, Tensor], normalize: bool) -> list[Tensor]:
@@ -20,14 +25,17 @@ def checked_features(op: str, *named: tuple[str, Tensor], normalize: bool) -> li
             )
             raise ValueError(message)
         check_finite(op, name, features.detach())
-    checked = [features for _, features in named]
+    # The CPU multiplies float16 in float32. As float32 from here on, what adds up to a gradient by the
+    # features may be larger than the gradient and float16 can be.
+    widened = first.dtype == torch.float16 and first.device.type == "cpu"
+    checked = [features.float() if widened else features for _, features in named]
     if not normalize:
         return checked
-    # In float32 at least: squares of float16 overflow.
     return [_normalized(features).to(features.dtype) for features in checked]
 
 
 def _normalized(x: Tensor) -> Tensor:
+    # In float32 at least: squares of float16 overflow.
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [N, 1]
     # Zero vectors stay zero and get no gradient.
@@ -41,18 +49,32 @@ def positive_number(op: str, name: str, value: float | Tensor, features: Tensor)
             message = f"{op}: {name} must be a number, got {dtype_name(value.dtype)} of {tuple(value.shape)}"
             raise ValueError(message)
         tensor = value.reshape(()).to(features.device)
+        number = float(tensor.detach())
     else:
-        tensor = torch.tensor(float(value), dtype=torch.float64, device=features.device)
-    number = float(tensor.detach())
+        number = real_number(op, name, value)
+        tensor = torch.tensor(number, dtype=torch.float64, device=features.device)
     if not 0.0 < number < math.inf:
         message = f"{op}: {name} must be positive and finite, got {number}"
         raise ValueError(message)
+    # Neither it nor its inverse overflows with the products of features, which are float32.
+    if not _LEAST <= number <= 1.0 / _LEAST:
+        message = f"{op}: {name} must be in [{_LEAST}, {1.0 / _LEAST}], got {number}"
+        raise ValueError(message)
     return tensor
+
+
+def real_number(op: str, name: str, value: object) -> float:
+    """As a float of Python."""
+    if not isinstance(value, numbers.Real):
+        message = f"{op}: {name} must be a number, got {type(value).__name__}"
+        raise TypeError(message)
+    return float(value)
 
 
 def check_shape(
     op: str, name: str, tensor: Tensor, shape: tuple[int, ...], features: Tensor
 ) -> None:
+    """Raise unless a tensor has this shape and is beside the features."""
     if tuple(tensor.shape) != shape:
         message = f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}"
         raise ValueError(message)
@@ -61,85 +83,16 @@ def check_shape(
         raise ValueError(message)
 
 
-def _check_ids(op: str, name: str, ids: Tensor, count: int, features: Tensor) -> None:
-    if ids.dtype != torch.int64:
-        message = f"{op}: {name} must be int64, got {dtype_name(ids.dtype)}"
-        raise TypeError(message)
-    check_shape(op, name, ids, (count,), features)
-
-
-def paired_ids(
-    op: str,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    num_rows: int,
-    num_columns: int,
-    features: Tensor,
-    names: tuple[str, str] = ("query_ids", "key_ids"),
-) -> tuple[Tensor, Tensor] | None:
-    """Equal where the given ids are, from 0 on, int32."""
-    if row_ids is None and column_ids is None:
-        return None
-    if row_ids is None or column_ids is None:
-        missing, given = names if row_ids is None else names[::-1]
-        message = f"{op}: {missing} must be given together with {given}, got None"
+def check_same_length(op: str, names: tuple[str, str], a: Tensor, b: Tensor) -> None:
+    """Raise unless b has as many rows as a."""
+    if len(a) != len(b):
+        message = f"{op}: {names[1]} must have as many rows as {names[0]}, {len(a)}, got {len(b)}"
         raise ValueError(message)
-    _check_ids(op, names[0], row_ids, num_rows, features)
-    _check_ids(op, names[1], column_ids, num_columns, features)
-    places = torch.unique(torch.cat([row_ids, column_ids]), return_inverse=True)[1].int()
-    return places[:num_rows], places[num_rows:]
 
 
-def target_columns(
-    op: str, targets: Tensor | None, num_rows: int, num_columns: int, features: Tensor
-) -> Tensor:
-    """(N,) int32, the positive column of every row."""
-    if targets is None:
-        if num_columns < num_rows:
-            message = (
-                f"{op}: keys must be at least as many as queries, {num_rows}, without targets, "
-                f"got {num_columns}"
-            )
-            raise ValueError(message)
-        return torch.arange(num_rows, dtype=torch.int32, device=features.device)
-    _check_ids(op, "targets", targets, num_rows, features)
-    if num_rows and not (int(targets.min()) >= 0 and int(targets.max()) < num_columns):
-        message = (
-            f"{op}: targets must be in [0, {num_columns}), "
-            f"got {int(targets.min())} to {int(targets.max())}"
-        )
-        raise ValueError(message)
-    return targets.int()
-
-
-def count_positives(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every row, how many columns have its id, and the other way round."""
-    size = max((int(ids.max()) + 1 for ids in (row_ids, column_ids) if len(ids)), default=0)
-    in_rows, in_columns = (torch.bincount(ids, minlength=size) for ids in (row_ids, column_ids))
-    return in_columns[row_ids].float(), in_rows[column_ids].float()
-
-
-def are_single(*counts: Tensor) -> bool:
-    """Whether no row and no column has more than one positive."""
-    return all(len(count) == 0 or float(count.max()) <= 1.0 for count in counts)
-
-
-def check_symmetric(
-    op: str,
-    targets: Tensor | None,
-    extra_keys: Tensor | None,
-    num_rows: int,
-    num_columns: int,
-    *,
-    by_ids: bool,
-    names: tuple[str, str] = ("queries", "keys"),
-) -> None:
-    for name, value in (("targets", targets), ("extra_keys", extra_keys)):
+def check_without(op: str, kind: str, values: Mapping[str, Any]) -> None:
+    """Raise if one of the values, which do not go with such a loss, is given."""
+    for name, value in values.items():
         if value is not None:
-            message = f"{op}: {name} must be None for a symmetric loss, got a tensor"
+            message = f"{op}: {name} must be None for {kind}, got a {type(value).__name__.lower()}"
             raise ValueError(message)
-    if num_rows != num_columns and not by_ids:
-        message = (
-            f"{op}: {names[1]} must have as many rows as {names[0]}, {num_rows}, got {num_columns}"
-        )
-        raise ValueError(message)

@@ -17,17 +17,29 @@ ranks make of theirs.
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyfeat._checks import check_choice
-from pyfeat._distributed import SCHEDULES, Ranks, Schedule
+from pyfeat._checks import check_choice, dtype_name
+from pyfeat._ranks import SCHEDULES, Ranks, Schedule, gathered
 
 Reduce = Literal["ddp_mean", "sum"]
 REDUCES: tuple[Reduce, ...] = ("ddp_mean", "sum")
+
+
+class _Told(NamedTuple):
+    """What one rank tells all."""
+
+    same: dict[str, object]
+    num_rows: int = 0
+    num_columns: int = 0
+    longest_row: float = 0.0
+    longest_column: float = 0.0
+    scale: float = 0.0
+    failure: str | None = None
 
 
 class Meeting:
@@ -38,7 +50,8 @@ class Meeting:
 
     Raises:
         TypeError: If ``group`` is no process group.
-        ValueError: If this process is not in it, or arguments differ that must not.
+        ValueError: If this process is not in it, arguments differ that must not, or similarities of rows
+            and columns of any ranks could overflow.
         RuntimeError: If another rank has raised.
     """
 
@@ -47,28 +60,34 @@ class Meeting:
     def __init__(self, op: str, group: "dist.ProcessGroup", schedule: Schedule = "ring") -> None:
         _check_member(op, group)
         self._op, self._group, self._schedule = op, group, schedule
-        self._sizes = (0, 0)
-        self._same: dict[str, object] = {"loss": op}
+        self._own = _Told({"loss": op})
 
     def __enter__(self) -> "Meeting":
-        check_choice(self._op, "schedule", self._schedule, SCHEDULES)
         return self
 
     def tell(self, a: Tensor, b: Tensor, scale: Tensor, **same: object) -> None:
         """Rows and columns of this rank; ``same``: what else must be the same on all ranks."""
+        check_choice(self._op, "schedule", self._schedule, SCHEDULES)
         check_backend(self._op, self._group, a.device)
-        self._sizes = a.shape[0], b.shape[0]
-        self._same |= {
-            "D": a.shape[1],
-            "dtype": str(a.dtype).removeprefix("torch."),
-            "scale": float(scale.detach()),
-            "schedule": self._schedule,
-            # Whoever needs no gradient is missing when the others communicate in backward.
-            "requires_grad of features and scale": tuple(
-                torch.is_grad_enabled() and x.requires_grad for x in (a, b, scale)
-            ),
-            **same,
-        }
+        self._own = _Told(
+            {
+                **self._own.same,
+                "D": a.shape[1],
+                "dtype": dtype_name(a.dtype),
+                "scale": float(scale.detach()),
+                "schedule": self._schedule,
+                # Whoever needs no gradient is missing when the others communicate in backward.
+                "requires_grad of features and scale": tuple(
+                    torch.is_grad_enabled() and x.requires_grad for x in (a, b, scale)
+                ),
+                **same,
+            },
+            a.shape[0],
+            b.shape[0],
+            _longest(a),
+            _longest(b),
+            float(scale.detach()),
+        )
 
     def __exit__(
         self,
@@ -78,29 +97,50 @@ class Meeting:
     ) -> None:
         if error is not None and not isinstance(error, Exception):
             return
-        own = (self._same, self._sizes, None if error is None else str(error))
+        own = self._own if error is None else self._own._replace(failure=str(error))
         told: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(told, own, self._group)
+        dist.all_gather_object(told, tuple(own), self._group)
         if error is not None:
             return
-        for rank, (_, _, message) in enumerate(told):
-            if message is not None:
-                message = f"{self._op}: arguments must be valid on all ranks, got on rank {rank}: {message}"
-                raise RuntimeError(message)
-        self._check_same([same for same, _, _ in told])
-        num_rows, num_columns = zip(*(sizes for _, sizes, _ in told), strict=True)
-        rank = dist.get_rank(self._group)
-        self.ranks = Ranks(self._group, rank, num_rows, num_columns, self._schedule)
+        self.ranks = self._agreed([_Told(*values) for values in told])
 
-    def _check_same(self, told: Sequence[dict[str, object]]) -> None:
-        for name, expected in told[0].items():
-            for rank, same in enumerate(told):
-                if same.get(name) != expected:
+    def _agreed(self, told: Sequence[_Told]) -> Ranks:
+        for rank, other in enumerate(told):
+            if other.failure is not None:
+                message = (
+                    f"{self._op}: arguments must be valid on all ranks, "
+                    f"got on rank {rank}: {other.failure}"
+                )
+                raise RuntimeError(message)
+            for name, expected in told[0].same.items():
+                if other.same.get(name) != expected:
                     message = (
                         f"{self._op}: {name} must be the same on all ranks, "
-                        f"got {expected} on rank 0 and {same.get(name)} on rank {rank}"
+                        f"got {expected} on rank 0 and {other.same.get(name)} on rank {rank}"
                     )
                     raise ValueError(message)
+        # The kernels would refuse them as well, but on the ranks alone where such rows meet.
+        longest = max(x.longest_row for x in told) * max(x.longest_column for x in told)
+        limit = 1e300 if told[0].same["dtype"] == "float64" else 1e36
+        if not longest * max(1.0, told[0].scale) <= limit:
+            message = (
+                f"{self._op}: |a| |b| and scale |a| |b| must be at most {limit:g} for the longest rows "
+                f"of all ranks, got {longest:g} and scale {told[0].scale:g}"
+            )
+            raise ValueError(message)
+        return Ranks(
+            self._group,
+            dist.get_rank(self._group),
+            tuple(x.num_rows for x in told),
+            tuple(x.num_columns for x in told),
+            self._schedule,
+        )
+
+
+def _longest(x: Tensor) -> float:
+    # In float64: squares of float32 overflow.
+    lengths = torch.linalg.vector_norm(x.detach(), dim=1, dtype=torch.float64)
+    return float(lengths.max()) if len(lengths) else 0.0
 
 
 def _check_member(op: str, group: object) -> None:
@@ -133,16 +173,9 @@ class _GlobalSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
         ctx.factor = float(ranks.world_size) if reduce == "ddp_mean" else 1.0
-        return _gathered(values, ranks).sum(dim=0)
+        # An all_reduce might add in another order on every rank.
+        return gathered(values, ranks).sum(dim=0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.factor * grads[0], None, None
-
-
-def _gathered(values: Tensor, ranks: Ranks) -> Tensor:
-    """(W, ...), in the order of ranks: an all_reduce might add in another order on every rank."""
-    values = values.contiguous()
-    parts = [torch.empty_like(values) for _ in range(ranks.world_size)]
-    dist.all_gather(parts, values, ranks.group)
-    return torch.stack(parts)

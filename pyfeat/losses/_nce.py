@@ -7,18 +7,17 @@ from torch import Tensor
 
 from pyfeat._backends import Backend
 from pyfeat._checks import check_choice
-from pyfeat._contrast import Pairs
 from pyfeat.losses._arguments import (
-    are_single,
+    check_same_length,
     check_shape,
-    check_symmetric,
+    check_without,
     checked_features,
-    count_positives,
-    paired_ids,
     positive_number,
-    target_columns,
 )
-from pyfeat.losses._reduction import REDUCTIONS, Reduction, reduced, softmax_loss, sums_over
+from pyfeat.losses._positives import Positives, by_ids, by_targets, paired_ids
+from pyfeat.losses._reduction import Reduction, check_reduction, reduced_mean
+from pyfeat.losses._soft import is_soft, soft_losses
+from pyfeat.losses._softmax import checked_hardness, not_hard, pair_losses
 
 
 def info_nce(
@@ -33,6 +32,8 @@ def info_nce(
     same_ids: Literal["ignore", "positive"] = "ignore",
     key_log_probabilities: Tensor | None = None,
     symmetric: bool = False,
+    hard_negative_beta: float = 0.0,
+    positive_prior: float = 0.0,
     normalize: bool = False,
     reduction: Reduction = "mean",
     backend: Backend | None = None,
@@ -40,13 +41,16 @@ def info_nce(
     """Cross-entropy of the similarities of every query to all keys.
 
     With ``S = queries @ keys.T / temperature`` and y the targets, ``loss_i = logsumexp_j S_ij - S_iy``.
-    Queries without a positive key have loss 0 and do not count in the mean.
+    Queries without a positive key have loss 0 and do not count in the mean. Targets T that are spread
+    over keys, with rows summing to t, give ``loss_i = t_i logsumexp_j S_ij - sum_j T_ij S_ij``.
 
     Args:
         queries: (N, D) float32, float64, float16 or bfloat16, finite. N may be 0.
         keys: (M, D), dtype and device of ``queries``.
         temperature: > 0; a tensor () may have a gradient.
-        targets: (N,) int64, of every query its positive key; None: the key of the same index.
+        targets: (N,) int64, of every query its positive key; None: the key of the same index. Or
+            (N, M + E) float32 or float64, dense or sparse (COO or CSR), finite and at least 0: weights
+            of keys as positives. They take no ids. No gradient.
         extra_keys: (E, D), such as a memory queue: further keys, with indices from M on.
         query_ids: (N,) int64, what a query shows, together with ``key_ids``.
         key_ids: (M + E,) int64.
@@ -55,8 +59,14 @@ def info_nce(
             similarities are averaged, in place of a target.
         key_log_probabilities: (M + E,), of a key to be drawn as a negative, in natural logarithms; they
             are subtracted from its similarities (the correction logQ). No gradient.
-        symmetric: Mean of this and of the loss with queries and keys in each other's place; takes
-            targets and extra keys of none, and M = N unless ids are positive.
+        symmetric: Mean of this and of the loss with queries and keys in each other's place; takes no
+            extra keys, no targets but those spread over keys, and M = N unless ids are positive or
+            targets spread. The latter are transposed as they are: a column weighs what it sums to.
+        hard_negative_beta: >= 0; negatives get weights ``exp(beta S_ij)``, of mean 1 over the negatives of
+            a query. Not with several positives or log probabilities; nor is ``positive_prior``.
+        positive_prior: In [0, 1), the share of negatives that are positives unknown: so much of
+            ``exp(S_iy)`` is taken from the mean over negatives of ``exp(S_ij)``, the rest is divided by 1 -
+            prior and is at least ``exp(-1 / temperature)``, as it is for vectors of unit length.
         normalize: Divide all vectors by their length; zero vectors stay zero.
         reduction: "none" returns the loss of every query.
         backend: Backend to run; None takes the fastest that supports the inputs.
@@ -70,10 +80,13 @@ def info_nce(
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
     Precision: products and gradients in float32, sums of the loss in float64; everything in float64
-    for float64 features. Gradients may be differentiated once more.
+    for float64 features. Gradients may be differentiated once more. With targets that are spread, or
+    hard negatives, a gradient is the difference of two that are rounded each.
     Memory: O((N + M) D); the (N, M) similarities are never stored.
     Source: van den Oord et al., Representation learning with contrastive predictive coding, 2018,
-    arXiv:1807.03748; logQ: Yi et al., Sampling-bias-corrected neural modeling, RecSys 2019.
+    arXiv:1807.03748; logQ: Yi et al., Sampling-bias-corrected neural modeling, RecSys 2019; hard
+    negatives: Robinson et al., Contrastive learning with hard negative samples, ICLR 2021,
+    arXiv:2010.04592; prior: Chuang et al., Debiased contrastive learning, NeurIPS 2020, arXiv:2007.00224.
 
     Examples:
         >>> info_nce(torch.eye(2), torch.eye(2), temperature=1.0)
@@ -85,48 +98,57 @@ def info_nce(
     named += [] if extra_keys is None else [("extra_keys", extra_keys)]
     a, b, *extra = checked_features(op, *named, normalize=normalize)
     b = torch.cat([b, *extra]) if extra else b
-    num_rows, num_columns = a.shape[0], b.shape[0]
-    ids = paired_ids(op, query_ids, key_ids, num_rows, num_columns, a)
-    by_ids = ids is not None and same_ids == "positive"
-    if same_ids == "positive" and ids is None:
-        message = f"{op}: query_ids must be given with same_ids 'positive', got None"
-        raise ValueError(message)
-    if symmetric:
-        check_symmetric(op, targets, extra_keys, num_rows, num_columns, by_ids=by_ids)
-    if by_ids and targets is not None:
-        message = f"{op}: targets must be None with same_ids 'positive', got a tensor"
-        raise ValueError(message)
+    scale = 1.0 / positive_number(op, "temperature", temperature, a)
+    hardness = checked_hardness(op, hard_negative_beta, positive_prior)
+    check_reduction(op, reduction, *((a, b) if symmetric else (a,)))
     bias = None
     if key_log_probabilities is not None:
-        check_shape(op, "key_log_probabilities", key_log_probabilities, (num_columns,), a)
+        check_shape(op, "key_log_probabilities", key_log_probabilities, (len(b),), a)
+        if hardness is not None:
+            kind = "hard negatives or a prior of positives"
+            check_without(op, kind, {"key_log_probabilities": key_log_probabilities})
         bias = -key_log_probabilities.detach().float()
-    if by_ids and ids is not None:
-        row_counts, column_counts = count_positives(*ids)
-        separate = are_single(row_counts, column_counts)
-        pairs = Pairs(bias, ids[0], ids[1], separate_positives=separate)
-    else:
-        separate = True
-        chosen = target_columns(op, targets, num_rows, num_columns, a)
-        places = torch.arange(num_columns, dtype=torch.int32, device=a.device)
-        groups = (None, None) if ids is None else ids
-        pairs = Pairs(bias, chosen, places, groups[0], groups[1], True, True)
-        row_counts = column_counts = torch.ones(num_rows, device=a.device)
-    scale = 1.0 / positive_number(op, "temperature", temperature, a)
-    sums = sums_over(op, a, b, scale, pairs, columns=symmetric, backend=backend)
-    losses, counted = softmax_loss(sums.row_lse, sums.row_positives, row_counts, separate=separate)
-    if not symmetric:
-        return reduced(op, losses, counted, reduction, a)
-    back, back_counted = softmax_loss(
-        sums.column_lse, sums.column_positives, column_counts, separate=separate
+    if symmetric:
+        check_without(op, "a symmetric loss", {"extra_keys": extra_keys})
+    if targets is not None and is_soft(targets):
+        given = {"query_ids": query_ids, "key_ids": key_ids}
+        check_without(op, "targets that are spread over keys", given)
+        if hardness is not None:
+            raise not_hard(op, hardness, "for targets that are spread over keys")
+        losses = soft_losses(op, a, b, scale, targets, bias, columns=symmetric, backend=backend)
+        return reduced_mean(op, losses, reduction, a)
+    positives = _positives_of(
+        op, a, b, targets, query_ids, key_ids, same_ids, bias, symmetric=symmetric
     )
-    if reduction == "none":
-        if num_rows != num_columns:
-            message = f"{op}: reduction must be 'mean' or 'sum' for N != M, got 'none'"
+    losses = pair_losses(
+        op, a, b, scale, positives, hardness=hardness, columns=symmetric, backend=backend
+    )
+    return reduced_mean(op, losses, reduction, a)
+
+
+def _positives_of(
+    op: str,
+    a: Tensor,
+    b: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_ids: Literal["ignore", "positive"],
+    bias: Tensor | None,
+    *,
+    symmetric: bool,
+) -> Positives:
+    ids = paired_ids(op, query_ids, key_ids, len(a), len(b), a)
+    if same_ids == "positive":
+        if ids is None:
+            message = f"{op}: query_ids must be given with same_ids 'positive', got None"
             raise ValueError(message)
-        return reduced(op, 0.5 * (losses + back), counted, reduction, a)
-    return 0.5 * (
-        reduced(op, losses, counted, reduction, a) + reduced(op, back, back_counted, reduction, a)
-    )
+        check_without(op, "same_ids 'positive'", {"targets": targets})
+        return by_ids(*ids, bias)
+    if symmetric:
+        check_without(op, "a symmetric loss", {"targets": targets})
+        check_same_length(op, ("queries", "keys"), a, b)
+    return by_targets(op, targets, len(a), len(b), a, bias, ids)
 
 
 def clip_loss(
@@ -170,32 +192,13 @@ def clip_loss(
     """
     op = "clip_loss"
     a, b = checked_features(op, ("image", image), ("text", text), normalize=normalize)
+    scale = positive_number(op, "logit_scale", logit_scale, a)
+    check_reduction(op, reduction, a, b)
     ids = paired_ids(op, image_ids, text_ids, len(a), len(b), a, names=("image_ids", "text_ids"))
     if ids is None:
-        check_symmetric(op, None, None, len(a), len(b), by_ids=False, names=("image", "text"))
-        places = torch.arange(len(a), dtype=torch.int32, device=a.device)
-        ids = (places, places)
-        row_counts = column_counts = torch.ones(len(a), device=a.device)
+        check_same_length(op, ("image", "text"), a, b)
+        positives = by_targets(op, None, len(a), len(b), a)
     else:
-        row_counts, column_counts = count_positives(*ids)
-    separate = are_single(row_counts, column_counts)
-    scale = positive_number(op, "logit_scale", logit_scale, a)
-    sums = sums_over(
-        op,
-        a,
-        b,
-        scale,
-        Pairs(None, ids[0], ids[1], separate_positives=separate),
-        columns=True,
-        backend=backend,
-    )
-    losses, counted = softmax_loss(sums.row_lse, sums.row_positives, row_counts, separate=separate)
-    back, back_counted = softmax_loss(
-        sums.column_lse, sums.column_positives, column_counts, separate=separate
-    )
-    if reduction == "none" and len(a) == len(b):
-        return reduced(op, 0.5 * (losses + back), counted, reduction, a)
-    check_choice(op, "reduction", reduction, ("mean", "sum") if len(a) != len(b) else REDUCTIONS)
-    return 0.5 * (
-        reduced(op, losses, counted, reduction, a) + reduced(op, back, back_counted, reduction, a)
-    )
+        positives = by_ids(*ids)
+    losses = pair_losses(op, a, b, scale, positives, columns=True, backend=backend)
+    return reduced_mean(op, losses, reduction, a)

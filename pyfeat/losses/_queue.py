@@ -1,11 +1,16 @@
 """A queue of features of earlier batches: further keys for a loss."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyfeat._checks import DTYPES, check_features, check_finite, dtype_name
 from pyfeat._ids import as_ids
+from pyfeat._ranks import Columns, over_all_columns
 from pyfeat.losses._arguments import check_shape
+from pyfeat.losses._group import Meeting
+
+_OP = "FeatureQueue.enqueue"
 
 
 class FeatureQueue(nn.Module):
@@ -108,7 +113,12 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(
-        self, features: Tensor, ids: Tensor | None = None, *, mask: Tensor | None = None
+        self,
+        features: Tensor,
+        ids: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        group: "dist.ProcessGroup | None" = None,
     ) -> None:
         """Put rows in, in their order, over the oldest where the queue is full.
 
@@ -119,33 +129,53 @@ class FeatureQueue(nn.Module):
             features: (n, D) float, finite also when rounded, on the device of the queue.
             ids: (n,) int64, if the queue keeps ids.
             mask: (n,) bool: which rows to put in; None: all of them.
+            group: Put in the rows of all its ranks, in their order; each may have another number. All
+                of them enqueue, and their queues stay the same.
 
         Raises:
             TypeError: If features are not float, ids not int64, or the mask not bool.
             ValueError: If shapes or devices disagree, ids are missing or not kept, or a feature is NaN
-                or infinite; the queue stays as it was.
+                or infinite; or if the queues of a group differ. The queue stays as it was.
+            RuntimeError: If another rank of the group has raised.
 
-        Memory: a copy of the batch at most; the queue is never copied.
+        Memory: a copy of the batch at most, of all ranks; the queue is never copied.
         """
-        op = "FeatureQueue.enqueue"
-        check_features(op, "features", features)
-        check_shape(op, "features", features, (len(features), self.rows.shape[1]), self.rows)
+        if group is None:
+            self._write(*self._checked(features, ids, mask))
+            return
+        with Meeting(_OP, group, "gather") as meeting:
+            rows, row_ids = self._checked(features, ids, mask)
+            state = {"size": self.size, "num_enqueued": int(self.num_enqueued)}
+            meeting.tell(rows, rows, torch.ones(()), ids=row_ids is not None, **state)
+        own = {"features": rows} | ({} if row_ids is None else {"ids": row_ids})
+        over_all_columns(meeting.ranks, own, self._write_columns, [])
+
+    def _checked(
+        self, features: Tensor, ids: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What to put in, of the dtype of the queue."""
+        check_features(_OP, "features", features)
+        check_shape(_OP, "features", features, (len(features), self.rows.shape[1]), self.rows)
         if (ids is None) != (self.row_ids is None):
             wanted = "None for a queue without ids" if self.row_ids is None else "given"
-            message = f"{op}: ids must be {wanted}, got {type(ids).__name__}"
+            message = f"{_OP}: ids must be {wanted}, got {type(ids).__name__}"
             raise ValueError(message)
         if ids is not None:
-            ids = as_ids(op, ids)
-            check_shape(op, "ids", ids, (len(features),), self.rows)
+            ids = as_ids(_OP, ids)
+            check_shape(_OP, "ids", ids, (len(features),), self.rows)
         if mask is not None:
             if mask.dtype != torch.bool:
-                message = f"{op}: mask must be bool, got {dtype_name(mask.dtype)}"
+                message = f"{_OP}: mask must be bool, got {dtype_name(mask.dtype)}"
                 raise TypeError(message)
-            check_shape(op, "mask", mask, (len(features),), self.rows)
+            check_shape(_OP, "mask", mask, (len(features),), self.rows)
             features, ids = features[mask], None if ids is None else ids[mask]
-        features = features.to(self.rows.dtype)
-        check_finite(op, "features", features)
-        self._write(features, ids)
+        features = features.detach().to(self.rows.dtype)
+        check_finite(_OP, "features", features)
+        return features, ids
+
+    def _write_columns(self, columns: Columns) -> list[Tensor]:
+        self._write(columns["features"], columns.get("ids"))
+        return []
 
     def _write(self, features: Tensor, ids: Tensor | None) -> None:
         num_enqueued = int(self.num_enqueued) + len(features)

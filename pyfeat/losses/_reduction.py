@@ -1,6 +1,7 @@
 """From sums over pairs to losses, and from losses to what is returned."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 
 
+class Losses(NamedTuple):
+    """Of all rows, or of all columns, in float64, and which count in a mean; None: all do."""
+
+    each: Tensor
+    counted: Tensor | None = None
+
+
 def sums_over(
     op: str,
     a: Tensor,
@@ -24,35 +32,43 @@ def sums_over(
     columns: bool,
     backend: Backend | None,
 ) -> PairSums:
+    """``pair_sums`` of the backend that runs."""
     check_choice(op, "backend", backend, (None, *BACKENDS))
     if select_backend(op, backend, a) == "reference":
         return PairSums(*reference.pair_sums(a, b, scale, *pairs))
     return pair_sums(a, b, scale, pairs, columns=columns)
 
 
-def softmax_loss(
-    lse: Tensor, positives: Tensor, counts: Tensor, *, separate: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses and which of them count: those with a positive.
+def check_reduction(op: str, reduction: str, *directions: Tensor) -> None:
+    """Raise unless it may be asked for losses of the rows of these features."""
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    if reduction == "none" and len({len(features) for features in directions}) == 2:
+        message = f"{op}: reduction must be 'mean' or 'sum' for N != M, got 'none'"
+        raise ValueError(message)
 
-    ``lse`` is over all keys, or ``separate``: over all but the only positive one.
-    """
-    counted = counts > 0
-    # Where nothing counts the log-sum-exp is -inf, which must not meet a gradient.
-    lse = lse.masked_fill(~counted, 0.0)
-    mean = positives / counts.clamp_min(1.0).double()
-    losses = torch.nn.functional.softplus(lse - mean) if separate else lse - mean
-    return losses.where(counted, 0.0), counted
+
+def reduced_mean(
+    op: str, directions: Sequence[Losses], reduction: Reduction, features: Tensor
+) -> Tensor:
+    """Mean of one or two directions, each reduced."""
+    if len(directions) == 1:
+        return reduced(op, *directions[0], reduction, features)
+    if reduction == "none":
+        each = torch.stack([losses.each for losses in directions]).mean(dim=0)
+        return reduced(op, each, None, reduction, features)
+    first, second = (reduced(op, *losses, reduction, features) for losses in directions)
+    return 0.5 * (first + second)
 
 
 def reduced(
-    op: str, losses: Tensor, counted: Tensor, reduction: Reduction, features: Tensor
+    op: str, losses: Tensor, counted: Tensor | None, reduction: Reduction, features: Tensor
 ) -> Tensor:
+    """Float32, or float64 for float64 features; all losses count if ``counted`` is None."""
     dtype = distance_dtype_of(features)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     if reduction == "none":
         return losses.to(dtype)
     total = losses.sum()
     if reduction == "mean":
-        total = total / counted.sum().clamp_min(1)
+        total = total / (max(len(losses), 1) if counted is None else counted.sum().clamp_min(1))
     return total.to(dtype)

@@ -5,15 +5,10 @@ from torch import Tensor
 
 from pyfeat._backends import Backend
 from pyfeat._contrast import Pairs
-from pyfeat.losses._arguments import (
-    are_single,
-    check_symmetric,
-    checked_features,
-    count_positives,
-    paired_ids,
-    positive_number,
-)
-from pyfeat.losses._reduction import Reduction, reduced, softmax_loss, sums_over
+from pyfeat.losses._arguments import check_same_length, checked_features, positive_number
+from pyfeat.losses._positives import Positives, by_ids, paired_ids
+from pyfeat.losses._reduction import Reduction, check_reduction, reduced_mean
+from pyfeat.losses._softmax import checked_hardness, pair_losses
 
 
 def supcon_loss(
@@ -55,7 +50,11 @@ def supcon_loss(
     if ids is None:
         message = f"{op}: labels must be given, got None"
         raise TypeError(message)
-    return _self_loss(op, a, ids[0], temperature, reduction, backend)
+    positives = by_ids(*ids, groups=_places(a))
+    scale = 1.0 / positive_number(op, "temperature", temperature, a)
+    check_reduction(op, reduction)
+    losses = pair_losses(op, a, a, scale, positives, columns=False, backend=backend)
+    return reduced_mean(op, losses, reduction, a)
 
 
 def nt_xent(
@@ -63,6 +62,8 @@ def nt_xent(
     z2: Tensor,
     *,
     temperature: float | Tensor = 0.5,
+    hard_negative_beta: float = 0.0,
+    positive_prior: float = 0.0,
     normalize: bool = False,
     reduction: Reduction = "mean",
     backend: Backend | None = None,
@@ -76,6 +77,8 @@ def nt_xent(
         z1: (N, D) float32, float64, float16 or bfloat16, finite, usually of unit length.
         z2: (N, D), the other views, dtype and device of ``z1``.
         temperature: > 0; a tensor () may have a gradient.
+        hard_negative_beta: As in ``info_nce``; also ``positive_prior``.
+        positive_prior: See above.
         normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
         reduction: See above.
         backend: See above.
@@ -86,7 +89,7 @@ def nt_xent(
 
     Memory: O(N D); the (2 N, 2 N) similarities are never stored.
     Source: Chen et al., A simple framework for contrastive learning of visual representations, ICML
-    2020, arXiv:2002.05709.
+    2020, arXiv:2002.05709; hard negatives and the prior: as in ``info_nce``.
 
     Examples:
         >>> nt_xent(torch.eye(2), torch.eye(2), temperature=1.0)
@@ -94,26 +97,20 @@ def nt_xent(
     """
     op = "nt_xent"
     a, b = checked_features(op, ("z1", z1), ("z2", z2), normalize=normalize)
-    check_symmetric(op, None, None, len(a), len(b), by_ids=False, names=("z1", "z2"))
-    places = torch.arange(len(a), dtype=torch.int32, device=a.device).repeat(2)
-    z = torch.cat([a, b])
-    return _self_loss(op, z, places, temperature, reduction, backend)
+    check_same_length(op, ("z1", "z2"), a, b)
+    z, ids = torch.cat([a, b]), _places(a).repeat(2)
+    places = _places(z)
+    # Of every row, its partner is the only other one with its id.
+    positives = Positives(Pairs(None, ids, ids, places, places, separate_positives=True))
+    scale = 1.0 / positive_number(op, "temperature", temperature, a)
+    hardness = checked_hardness(op, hard_negative_beta, positive_prior)
+    check_reduction(op, reduction)
+    losses = pair_losses(
+        op, z, z, scale, positives, hardness=hardness, columns=False, backend=backend
+    )
+    return reduced_mean(op, losses, reduction, z)
 
 
-def _self_loss(
-    op: str,
-    z: Tensor,
-    ids: Tensor,
-    temperature: float | Tensor,
-    reduction: Reduction,
-    backend: Backend | None,
-) -> Tensor:
-    """Rows against all other rows; those of equal ids are positive."""
-    counts = count_positives(ids, ids)[0] - 1.0
-    separate = are_single(counts)
-    places = torch.arange(len(z), dtype=torch.int32, device=z.device)
-    scale = 1.0 / positive_number(op, "temperature", temperature, z)
-    pairs = Pairs(None, ids, ids, places, places, separate_positives=separate)
-    sums = sums_over(op, z, z, scale, pairs, columns=False, backend=backend)
-    losses, counted = softmax_loss(sums.row_lse, sums.row_positives, counts, separate=separate)
-    return reduced(op, losses, counted, reduction, z)
+def _places(features: Tensor) -> Tensor:
+    """Of every row, its index: no two are equal."""
+    return torch.arange(len(features), dtype=torch.int32, device=features.device)

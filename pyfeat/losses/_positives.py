@@ -1,0 +1,143 @@
+"""Which pairs of a loss are positive or left out, and how many of them rows and columns have."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfeat._checks import dtype_name
+from pyfeat._contrast import Pairs
+from pyfeat.losses._arguments import check_shape
+
+
+class Positives(NamedTuple):
+    """Pairs, and how many positive ones all rows (L,) and columns (S,) have, in float64.
+
+    None: exactly one.
+    """
+
+    pairs: Pairs
+    counts: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
+def by_ids(
+    row_ids: Tensor,
+    column_ids: Tensor,
+    column_bias: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Positives:
+    """Pairs of equal ids, int32 from 0 on; rows and columns of equal groups are the same, left out."""
+    rows, columns = count_equal(row_ids, column_ids)
+    if groups is not None:
+        rows, columns = rows - 1.0, columns - 1.0
+    single = all(not len(counts) or float(counts.max()) <= 1.0 for counts in (rows, columns))
+    pairs = Pairs(column_bias, row_ids, column_ids, groups, groups, separate_positives=single)
+    return Positives(pairs, (rows, columns))
+
+
+def by_targets(
+    op: str,
+    targets: Tensor | None,
+    num_rows: int,
+    num_columns: int,
+    features: Tensor,
+    column_bias: Tensor | None = None,
+    groups: tuple[Tensor, Tensor] | None = None,
+) -> Positives:
+    """One column for every row, that of its index without targets, kept among those of its group."""
+    places = torch.arange(num_columns, dtype=torch.int32, device=features.device)
+    if targets is not None:
+        chosen = _checked_targets(op, targets, num_rows, num_columns, features)
+    elif num_columns < num_rows:
+        message = (
+            f"{op}: keys must be at least as many as queries, {num_rows}, without targets, "
+            f"got {num_columns}"
+        )
+        raise ValueError(message)
+    else:
+        chosen = places[:num_rows]
+    row_groups, column_groups = (None, None) if groups is None else groups
+    return Positives(Pairs(column_bias, chosen, places, row_groups, column_groups, True, True))
+
+
+def _checked_targets(
+    op: str, targets: Tensor, num_rows: int, num_columns: int, features: Tensor
+) -> Tensor:
+    check_ids(op, "targets", targets, num_rows, features)
+    if num_rows:
+        lowest, highest = (int(x) for x in targets.aminmax())
+        if lowest < 0 or highest >= num_columns:
+            message = f"{op}: targets must be in [0, {num_columns}), got {lowest} to {highest}"
+            raise ValueError(message)
+    return targets.int()
+
+
+def paired_ids(
+    op: str,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    num_rows: int,
+    num_columns: int,
+    features: Tensor,
+    names: tuple[str, str] = ("query_ids", "key_ids"),
+) -> tuple[Tensor, Tensor] | None:
+    """Equal where the given ids are, from 0 on, int32."""
+    if row_ids is None and column_ids is None:
+        return None
+    if row_ids is None or column_ids is None:
+        missing, given = names if row_ids is None else names[::-1]
+        message = f"{op}: {missing} must be given together with {given}, got None"
+        raise ValueError(message)
+    check_ids(op, names[0], row_ids, num_rows, features)
+    if column_ids is row_ids:
+        places = torch.unique(row_ids, return_inverse=True)[1].int()
+        return places, places
+    check_ids(op, names[1], column_ids, num_columns, features)
+    places = torch.unique(torch.cat([row_ids, column_ids]), return_inverse=True)[1].int()
+    return places[:num_rows], places[num_rows:]
+
+
+def check_ids(op: str, name: str, ids: Tensor, count: int, features: Tensor) -> None:
+    """Raise unless ids are (count,) int64 beside the features."""
+    if not isinstance(ids, Tensor):
+        message = f"{op}: {name} must be a tensor of int64, got {type(ids).__name__}"
+        raise TypeError(message)
+    if ids.dtype != torch.int64:
+        message = f"{op}: {name} must be int64, got {dtype_name(ids.dtype)}"
+        raise TypeError(message)
+    check_shape(op, name, ids, (count,), features)
+
+
+def count_equal(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row, how many columns have its id, and the other way round, in float64."""
+    size = max((int(ids.max()) + 1 for ids in (row_ids, column_ids) if len(ids)), default=0)
+    in_rows, in_columns = (torch.bincount(ids, minlength=size) for ids in (row_ids, column_ids))
+    return in_columns[row_ids].double(), in_rows[column_ids].double()
+
+
+def equalities(pairs: Pairs) -> list[tuple[float, Tensor, Tensor]]:
+    """Ids of rows and columns, and signs: pairs that are positive or left out, each counted once.
+
+    What has equal ids or equal groups is what has equal ids, and equal groups, without what has both.
+    """
+    kinds: list[tuple[float, Tensor, Tensor]] = []
+    if pairs.row_ids is not None and pairs.column_ids is not None:
+        kinds.append((1.0, pairs.row_ids, pairs.column_ids))
+    if pairs.row_groups is not None and pairs.column_groups is not None:
+        kinds.append((1.0, pairs.row_groups, pairs.column_groups))
+    if len(kinds) == 2:
+        (_, *ids), (_, *groups) = kinds
+        rows, columns = (torch.stack(two, dim=1) for two in zip(ids, groups, strict=True))
+        both = torch.unique(torch.cat([rows, columns]), dim=0, return_inverse=True)[1]
+        kinds.append((-1.0, both[: len(rows)], both[len(rows) :]))
+    return kinds
+
+
+def count_negatives(pairs: Pairs, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """How many pairs of every row and every column are neither positive nor left out, in float64."""
+    rows = a.new_full((len(a),), float(len(b)), dtype=torch.float64)
+    columns = b.new_full((len(b),), float(len(a)), dtype=torch.float64)
+    for sign, row_ids, column_ids in equalities(pairs):
+        equal_rows, equal_columns = count_equal(row_ids, column_ids)
+        rows, columns = rows - sign * equal_rows, columns - sign * equal_columns
+    return rows, columns
