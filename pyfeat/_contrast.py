@@ -98,9 +98,11 @@ def pair_sums(
     *,
     columns: bool = True,
     largest: bool = False,
-    itself: bool = False,
 ) -> PairSums:
     """Sums over the rows and columns of ``S = scale * a @ b.T + column_bias``; differentiable.
+
+    Where ``b`` is ``a``, and so are ids and groups of columns those of rows, rows take half of the
+    products.
 
     Args:
         a: (L, D) float32, float64, float16 or bfloat16, finite.
@@ -109,10 +111,15 @@ def pair_sums(
         pairs: Constants.
         columns: Whether sums over columns are wanted.
         largest: Whether the largest of every row is wanted.
-        itself: ``b`` is ``a``, and pairs say the same of ij and ji: takes half of the products. Not with
-            ``columns``, which would be the same as rows, or a bias.
     """
     wanted = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or scale.requires_grad)
+    itself = (
+        b is a
+        and not columns
+        and pairs.column_bias is None
+        and pairs.column_ids is pairs.row_ids
+        and pairs.column_groups is pairs.row_groups
+    )
     kept_bytes = memory_budget() if wanted and a.device.type == "cpu" else 0
     *sums, _ = torch.ops.pyfeat.pair_sums(a, b, scale, *pairs, columns, largest, itself, kept_bytes)
     return PairSums(*sums)

@@ -103,10 +103,11 @@ def test_both_derivatives_of_a_batch_with_itself_are_right(
 ) -> None:
     monkeypatch.setattr(_contrast_blocks, "SIDE", 4)
     z, scale = random(6, 2).requires_grad_(), torch.tensor(1.3).double().requires_grad_()
-    pairs = Pairs(None, ids(6, 3), ids(6, 3), ids(6, 6), ids(6, 6))
+    labels, places = ids(6, 3), ids(6, 6)
+    pairs = Pairs(None, labels, labels, places, places)
 
     def sums(z: Tensor, scale: Tensor) -> list[Tensor]:
-        return finite(pair_sums(z, z, scale, pairs, columns=False, itself=True))
+        return finite(pair_sums(z, z, scale, pairs, columns=False))
 
     assert torch.autograd.gradcheck(sums, (z, scale))
     assert torch.autograd.gradgradcheck(sums, (z, scale))

@@ -37,7 +37,8 @@ def assert_near(ours: Tensor, true: Tensor, terms: float = 0.0) -> None:
 
 def own_pairs(num_rows: int, classes: int) -> Pairs:
     ids = torch.arange(num_rows, dtype=torch.int32)
-    return Pairs(None, ids % classes, ids % classes, ids, ids)
+    classes_of = ids % classes
+    return Pairs(None, classes_of, classes_of, ids, ids)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 95, 97, 300, 1030])
@@ -46,9 +47,7 @@ def test_a_batch_with_itself_is_as_two_equal_batches(num_rows: int) -> None:
     pairs = own_pairs(num_rows, 7)
     exact = reference.pair_sums(z, z, torch.tensor(0.3).double(), *pairs)
     leaves = z.clone().requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    sums = pair_sums(
-        leaves[0], leaves[0], leaves[1], pairs, columns=False, largest=True, itself=True
-    )
+    sums = pair_sums(leaves[0], leaves[0], leaves[1], pairs, columns=False, largest=True)
     for name in ("row_lse", "row_positives", "row_largest"):
         torch.testing.assert_close(
             getattr(sums, name), exact[sums._fields.index(name)], rtol=1e-5, atol=1e-5
@@ -72,9 +71,7 @@ def test_a_batch_with_itself_on_every_instruction_set(isa: str) -> None:
     sums = [torch.full((400,), float("nan"), dtype=torch.float64) for _ in range(3)]
     row_lse, row_positives, row_largest = (x.data_ptr() for x in sums)
     arguments = (as_matrix(z), as_matrix(z), 0.3, _C.Dtype.float32, row_lse, 0, 2, isa)
-    _C.log_sum_exp_cpu(
-        *arguments, kept_pairs.terms, row_positives, 0, row_largest=row_largest, itself=True
-    )
+    _C.log_sum_exp_cpu(*arguments, kept_pairs.terms, row_positives, 0, row_largest, itself=True)
     leaf = z.double().requires_grad_()
     exact = reference.pair_sums(leaf, leaf, torch.tensor(0.3).double(), *pairs)
     for ours, index in zip(sums, (0, 2, 4), strict=True):
@@ -101,11 +98,9 @@ def test_a_batch_with_itself_on_every_instruction_set(isa: str) -> None:
 
 @pytest.mark.slow
 def test_more_rows_with_themselves_than_are_packed_at_a_time() -> None:
-    z = torch.randn(20_000, 3)
-    places = torch.arange(len(z), dtype=torch.int32)
-    pairs = Pairs(None, places % 701, places % 701, places, places)
-    sums = pair_sums(z, z, torch.tensor(0.5), pairs, columns=False, largest=True, itself=True)
-    expected = pair_sums(z, z, torch.tensor(0.5), pairs, columns=False, largest=True)
+    z, pairs = torch.randn(20_000, 3), own_pairs(20_000, 701)
+    sums = pair_sums(z, z, torch.tensor(0.5), pairs, columns=False, largest=True)
+    expected = pair_sums(z, z.clone(), torch.tensor(0.5), pairs, columns=False, largest=True)
     for name in ("row_lse", "row_positives", "row_largest"):
         torch.testing.assert_close(
             getattr(sums, name), getattr(expected, name), rtol=1e-6, atol=1e-5
@@ -130,7 +125,7 @@ def test_gradients_have_the_same_bits_from_tiles_that_were_kept(
             leaves = [x.clone().requires_grad_() for x in (a, b, torch.tensor(0.2))]
             other = leaves[0] if itself else leaves[1]
             pairs = own_pairs(301, 9) if itself else Pairs(torch.linspace(-1, 1, 450))
-            sums = pair_sums(leaves[0], other, leaves[2], pairs, columns=not itself, itself=itself)
+            sums = pair_sums(leaves[0], other, leaves[2], pairs, columns=not itself)
             total = sums.row_lse.sum() + sums.column_lse.square().sum()
             gradients.append(torch.autograd.grad(total, leaves, allow_unused=True))
     finally:
