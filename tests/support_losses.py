@@ -10,6 +10,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+def unit(rows: int, dim: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(rows, dim), dim=1)
+
+
+def by_scale(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """With the inverse of the temperature as the last argument."""
+
+    def scaled(*arguments: Tensor) -> Tensor:
+        *rest, scale = arguments
+        return loss(*rest, temperature=1.0 / scale.double(), **options)
+
+    return scaled
+
+
 def eager_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     labels = torch.arange(len(image))
     per_image = logit_scale * image @ text.T
@@ -29,6 +43,14 @@ def eager_supcon(features: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     counts = positive.sum(dim=1)
     log_p = s.log_softmax(dim=1)
     return -log_p.where(positive, 0.0).sum(dim=1) / counts.clamp_min(1)
+
+
+def eager_supcon_inside(features: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    s = (scale * features @ features.T).fill_diagonal_(-math.inf)
+    positive = (labels[:, None] == labels).fill_diagonal_(False)
+    some = positive.any(dim=1)
+    share = s.softmax(dim=1).where(positive, 0.0).sum(dim=1) / positive.sum(dim=1).clamp_min(1)
+    return -share.where(some, 1.0).log()
 
 
 def eager_nt_xent(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyfeat._checks import check_features, check_finite, dtype_name
 
-_LEAST = 1e-30
+_LEAST, _MOST = 1e-30, 1e30
 
 
 def checked_features(op: str, *named: tuple[str, Tensor], normalize: bool) -> list[Tensor]:
@@ -57,8 +57,8 @@ def positive_number(op: str, name: str, value: float | Tensor, features: Tensor)
         message = f"{op}: {name} must be positive and finite, got {number}"
         raise ValueError(message)
     # Neither it nor its inverse overflows with the products of features, which are float32.
-    if not _LEAST <= number <= 1.0 / _LEAST:
-        message = f"{op}: {name} must be in [{_LEAST}, {1.0 / _LEAST}], got {number}"
+    if not _LEAST <= number <= _MOST:
+        message = f"{op}: {name} must be in [{_LEAST}, {_MOST}], got {number}"
         raise ValueError(message)
     return tensor
 

@@ -1,5 +1,6 @@
 """Losses over all pairs of two batches."""
 
+import math
 from typing import Literal
 
 import torch
@@ -82,7 +83,8 @@ def info_nce(
     Precision: products and gradients in float32, sums of the loss in float64; everything in float64
     for float64 features. Gradients may be differentiated once more. With targets that are spread, or
     hard negatives, a gradient is the difference of two that are rounded each.
-    Memory: O((N + M) D); the (N, M) similarities are never stored.
+    Memory: O((N + M) D), and as much of the similarities as ``set_memory_budget`` lets the backward pass
+    keep.
     Source: van den Oord et al., Representation learning with contrastive predictive coding, 2018,
     arXiv:1807.03748; logQ: Yi et al., Sampling-bias-corrected neural modeling, RecSys 2019; hard
     negatives: Robinson et al., Contrastive learning with hard negative samples, ICLR 2021,
@@ -108,6 +110,12 @@ def info_nce(
             kind = "hard negatives or a prior of positives"
             check_without(op, kind, {"key_log_probabilities": key_log_probabilities})
         bias = -key_log_probabilities.detach().float()
+        worst = bias.abs().max() if len(bias) else bias.new_zeros(())
+        if not worst < math.inf:
+            message = (
+                f"{op}: key_log_probabilities must be finite, got {-bias[bias.abs().argmax()]}"
+            )
+            raise ValueError(message)
     if symmetric:
         check_without(op, "a symmetric loss", {"extra_keys": extra_keys})
     if targets is not None and is_soft(targets):
@@ -182,7 +190,7 @@ def clip_loss(
         () float32 (float64 for float64 features), or (N,) with reduction "none", the mean of both
         directions.
 
-    Memory: O(N D); the (N, N) similarities are never stored.
+    Memory: O(N D), and as much of the similarities as ``set_memory_budget`` lets the backward pass keep.
     Source: Radford et al., Learning transferable visual models from natural language supervision,
     ICML 2021, arXiv:2103.00020; several captions: Zheng et al., DreamLIP, ECCV 2024, arXiv:2403.17007.
 

@@ -89,9 +89,6 @@ def paired_ids(
         message = f"{op}: {missing} must be given together with {given}, got None"
         raise ValueError(message)
     check_ids(op, names[0], row_ids, num_rows, features)
-    if column_ids is row_ids:
-        places = torch.unique(row_ids, return_inverse=True)[1].int()
-        return places, places
     check_ids(op, names[1], column_ids, num_columns, features)
     places = torch.unique(torch.cat([row_ids, column_ids]), return_inverse=True)[1].int()
     return places[:num_rows], places[num_rows:]

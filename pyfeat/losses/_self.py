@@ -1,12 +1,15 @@
 """Losses over all pairs of one batch with itself."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from pyfeat._backends import Backend
+from pyfeat._checks import check_choice
 from pyfeat._contrast import Pairs
 from pyfeat.losses._arguments import check_same_length, checked_features, positive_number
-from pyfeat.losses._positives import Positives, by_ids, paired_ids
+from pyfeat.losses._positives import Positives, by_ids, check_ids
 from pyfeat.losses._reduction import Reduction, check_reduction, reduced_mean
 from pyfeat.losses._softmax import checked_hardness, pair_losses
 
@@ -16,6 +19,7 @@ def supcon_loss(
     labels: Tensor,
     *,
     temperature: float | Tensor = 0.1,
+    average: Literal["out", "in"] = "out",
     normalize: bool = False,
     reduction: Reduction = "mean",
     backend: Backend | None = None,
@@ -23,13 +27,15 @@ def supcon_loss(
     """Supervised contrastive loss: all rows of the same label are positives of each other.
 
     With ``S = features @ features.T / temperature`` without its diagonal and P(i) the other rows with the
-    label of i, ``loss_i = logsumexp_j S_ij - mean_{j in P(i)} S_ij``, the average outside the logarithm
-    ("out"). Rows without positives have loss 0 and do not count in the mean.
+    label of i, ``loss_i = logsumexp_j S_ij - mean_{j in P(i)} S_ij``. Rows without positives have loss 0
+    and do not count in the mean.
 
     Args:
         features: (N, D) float32, float64, float16 or bfloat16, finite, usually of unit length.
         labels: (N,) int64.
         temperature: > 0; a tensor () may have a gradient.
+        average: Where positives are averaged: "out" of the logarithm, as above, or "in" it, ``loss_i =
+            logsumexp_j S_ij - log mean_{j in P(i)} exp(S_ij)``, which lets positives that are far go.
         normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
         reduction: See above.
         backend: See above.
@@ -37,7 +43,7 @@ def supcon_loss(
     Returns:
         () float32 (float64 for float64 features), or (N,) with reduction "none".
 
-    Memory: O(N D); the (N, N) similarities are never stored.
+    Memory: O(N D), and as much of the similarities as ``set_memory_budget`` lets the backward pass keep.
     Source: Khosla et al., Supervised contrastive learning, NeurIPS 2020, arXiv:2004.11362.
 
     Examples:
@@ -45,15 +51,16 @@ def supcon_loss(
         tensor(0.5514)
     """
     op = "supcon_loss"
+    check_choice(op, "average", average, ("out", "in"))
     (a,) = checked_features(op, ("features", features), normalize=normalize)
-    ids = paired_ids(op, labels, labels, len(a), len(a), a, names=("labels", "labels"))
-    if ids is None:
-        message = f"{op}: labels must be given, got None"
-        raise TypeError(message)
-    positives = by_ids(*ids, groups=_places(a))
+    check_ids(op, "labels", labels, len(a), a)
+    places = torch.unique(labels, return_inverse=True)[1].int()
+    positives = by_ids(places, places, groups=_places(a))
     scale = 1.0 / positive_number(op, "temperature", temperature, a)
     check_reduction(op, reduction)
-    losses = pair_losses(op, a, a, scale, positives, columns=False, backend=backend)
+    losses = pair_losses(
+        op, a, a, scale, positives, inside=average == "in", itself=True, backend=backend
+    )
     return reduced_mean(op, losses, reduction, a)
 
 
@@ -87,7 +94,7 @@ def nt_xent(
         () float32 (float64 for float64 features), or (2 N,) with reduction "none", those
         of ``z1`` first.
 
-    Memory: O(N D); the (2 N, 2 N) similarities are never stored.
+    Memory: O(N D), and as much of the similarities as ``set_memory_budget`` lets the backward pass keep.
     Source: Chen et al., A simple framework for contrastive learning of visual representations, ICML
     2020, arXiv:2002.05709; hard negatives and the prior: as in ``info_nce``.
 
@@ -106,7 +113,7 @@ def nt_xent(
     hardness = checked_hardness(op, hard_negative_beta, positive_prior)
     check_reduction(op, reduction)
     losses = pair_losses(
-        op, z, z, scale, positives, hardness=hardness, columns=False, backend=backend
+        op, z, z, scale, positives, hardness=hardness, itself=True, backend=backend
     )
     return reduced_mean(op, losses, reduction, z)
 

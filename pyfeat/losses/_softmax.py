@@ -1,12 +1,14 @@
 """Softmax losses: cross-entropies of the positive pairs of rows and of columns."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfeat._backends import Backend
+from pyfeat._contrast import Pairs, PairSums
 from pyfeat.losses._arguments import real_number
 from pyfeat.losses._positives import Positives, count_negatives
 from pyfeat.losses._reduction import Losses, sums_over
@@ -49,20 +51,40 @@ def pair_losses(
     positives: Positives,
     *,
     hardness: Hardness | None = None,
-    columns: bool,
+    inside: bool = False,
+    columns: bool = False,
+    itself: bool = False,
     backend: Backend | None,
 ) -> list[Losses]:
-    """Of rows and, if wanted, of columns."""
+    """Of rows and, if wanted, of columns; of several positives the mean is taken ``inside`` of the log.
+
+    ``itself``: see ``pair_sums``.
+    """
+
+    def sums(factor: float, pairs: Pairs) -> PairSums:
+        scaled = scale if factor == 1.0 else factor * scale
+        return sums_over(op, a, b, scaled, pairs, columns=columns, itself=itself, backend=backend)
+
+    sides = range(2 if columns else 1)
     if hardness is not None:
-        return _hard_losses(op, a, b, scale, positives, hardness, columns=columns, backend=backend)
+        if not positives.pairs.separate_positives:
+            raise not_hard(op, hardness, "where a row has several positives")
+        numbers = count_negatives(positives.pairs, a, b)
+        return _hard_losses(sums, positives, hardness, numbers, scale, sides)
+    if inside:
+        return _inside_losses(sums, positives, sides)
     pairs = positives.pairs
-    sums = sums_over(op, a, b, scale, pairs, columns=columns, backend=backend)
+    found = sums(1.0, pairs)
     return [
         _softmax_losses(
-            sums[side], sums[side + 2], positives.counts[side], separate=pairs.separate_positives
+            found[side], found[side + 2], positives.counts[side], separate=pairs.separate_positives
         )
-        for side in range(2 if columns else 1)
+        for side in sides
     ]
+
+
+# Factor of the scale, and pairs.
+Sums = Callable[[float, Pairs], PairSums]
 
 
 def _softmax_losses(
@@ -88,37 +110,45 @@ def _outweighed(others: Tensor, positive: Tensor) -> Tensor:
     return torch.nn.functional.softplus(others - positive)
 
 
+def _inside_losses(sums: Sums, positives: Positives, sides: range) -> list[Losses]:
+    """Minus the log of the share that a positive has on average: of positives alone, and others."""
+    pairs = positives.pairs
+    alone = sums(1.0, pairs._replace(separate_positives=False, only_positives=True))
+    others = sums(1.0, pairs._replace(separate_positives=True))
+    losses = []
+    for side in sides:
+        counts = positives.counts[side]
+        if counts is None:
+            losses.append(Losses(_outweighed(others[side], alone[side])))
+            continue
+        counted = counts > 0
+        lse, own = (x[side].masked_fill(~counted, 0.0) for x in (others, alone))
+        each = _outweighed(lse, own) + counts.clamp_min(1.0).log()
+        losses.append(Losses(each.where(counted, 0.0), counted))
+    return losses
+
+
 def _hard_losses(
-    op: str,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
+    sums: Sums,
     positives: Positives,
     hardness: Hardness,
-    *,
-    columns: bool,
-    backend: Backend | None,
+    numbers: tuple[Tensor, Tensor],
+    scale: Tensor,
+    sides: range,
 ) -> list[Losses]:
-    """Of rows and, if wanted, of columns; a weighted mean of powers is a quotient of their sums.
+    """Of single positives and so many negatives, whose weighted mean is a quotient of sums.
 
     With ``LSE_c = log sum_j exp(c S_ij)`` over the negatives j, the mean of ``exp(S_ij)`` under weights
     ``exp(beta S_ij)`` is ``exp(LSE_{1 + beta} - LSE_beta)``.
     """
     beta, prior = hardness
-    pairs = positives.pairs
-    if not pairs.separate_positives:
-        raise not_hard(op, hardness, "where a row has several positives")
-    sums = sums_over(op, a, b, (1.0 + beta) * scale, pairs, columns=columns, backend=backend)
-    numbers = count_negatives(pairs, a, b)
-    weights = [number.log() for number in numbers]
-    if beta:
-        weighted = sums_over(op, a, b, beta * scale, pairs, columns=columns, backend=backend)
-        weights = [weighted.row_lse, weighted.column_lse]
+    sharp = sums(1.0 + beta, positives.pairs)
+    weights = sums(beta, positives.pairs)[:2] if beta else [x.log() for x in numbers]
     losses = []
-    for side in range(2 if columns else 1):
+    for side in sides:
         some = numbers[side] > 0
-        means = sums[side].where(some, 0.0) - weights[side].where(some, 0.0)
-        products = sums[side + 2] / (1.0 + beta)
+        means = sharp[side].where(some, 0.0) - weights[side].where(some, 0.0)
+        products = sharp[side + 2] / (1.0 + beta)
         if prior:
             means = _without_positives(means, products, scale, prior)
         lse = (means + numbers[side].log().where(some, 0.0)).masked_fill(~some, -math.inf)
