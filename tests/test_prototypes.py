@@ -306,6 +306,15 @@ def test_gradients_of_the_reference_are_right() -> None:
             "swav_loss: epsilon must be at least 1e-06",
         ),
         (
+            lambda: swav_loss(
+                [unit(3, 4), unit(3, 4)],
+                unit(5, 4),
+                reduce="mean",  # type: ignore[arg-type]
+            ),
+            ValueError,
+            "swav_loss: reduce must be one of 'ddp_mean', 'sum', got 'mean'",
+        ),
+        (
             lambda: swav_loss([unit(3, 4), unit(3, 4)], unit(5, 4), iterations=0),
             ValueError,
             "swav_loss: iterations must be at least 1, got 0",

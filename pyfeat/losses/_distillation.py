@@ -12,14 +12,16 @@ from pyfeat._backends import Backend
 from pyfeat._checks import check_features, distance_dtype_of
 from pyfeat._contrast_blocks import without_autocast
 from pyfeat.losses._arguments import check_shape, checked_features, positive_number
+from pyfeat.losses._group import Reduce
 from pyfeat.losses._prototypes import checked_batch, is_reference, prediction_losses
-from pyfeat.losses._reduction import Reduction, reduced
+from pyfeat.losses._reduction import Reduction
 from pyfeat.losses._sinkhorn import (
     assignment_scale,
     balanced_columns,
     check_iterations,
     softmax_assignment,
 )
+from pyfeat.losses._together import check_reductions, meeting, reduced_over, sum_over
 
 
 def dino_loss(
@@ -35,6 +37,7 @@ def dino_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
     backend: Backend | None = None,
 ) -> Tensor:
     """Cross-entropy of a student's prototypes with those of a teacher that sees other views.
@@ -58,8 +61,9 @@ def dino_loss(
         normalize: Divide all vectors by their length, prototypes too (a last layer with weight norm); zero
             vectors stay zero.
         reduction: "none" returns the losses (B,).
-        group: Processes whose batches Sinkhorn-Knopp assigns together; the loss is that of own rows.
-            None: this process alone.
+        group: Processes whose batches, of any sizes, the loss is over, and which Sinkhorn-Knopp assigns
+            together; None: this process alone.
+        reduce: As in ``swav_loss``.
         backend: Backend to run; None takes the fastest that supports the inputs.
 
     Returns:
@@ -67,7 +71,9 @@ def dino_loss(
 
     Raises:
         TypeError: If features are not float, or iterations no integer.
-        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite.
+        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; on several
+            processes also if arguments differ.
+        RuntimeError: If another process has raised.
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
     Precision: products and gradients in float32, sums of the loss in float64.
@@ -82,26 +88,25 @@ def dino_loss(
         tensor(2.6895)
     """
     op = "dino_loss"
-    named = [(f"student[{i}]", view) for i, view in enumerate(student)]
-    taught = [(f"teacher[{i}]", view) for i, view in enumerate(teacher)]
-    if not named or not taught or len(named) == len(taught) == 1:
-        message = (
-            f"{op}: student and teacher must have views that can be compared with other views, "
-            f"got {len(named)} and {len(taught)}"
-        )
-        raise ValueError(message)
     options = _Options(
         student_temperature,
         teacher_temperature,
         center,
         sinkhorn_iterations,
         normalize,
+        reduction,
         group,
+        reduce,
         backend,
     )
-    prototypes = student_prototypes, teacher_prototypes
-    losses, b = _distilled(op, named, taught, prototypes, range(len(taught)), options)
-    return reduced(op, losses, None, reduction, b)
+    return _distilled(
+        op,
+        [(f"student[{i}]", view) for i, view in enumerate(student)],
+        [(f"teacher[{i}]", view) for i, view in enumerate(teacher)],
+        (student_prototypes, teacher_prototypes),
+        range(len(teacher)),
+        options,
+    )
 
 
 def ibot_loss(
@@ -118,6 +123,7 @@ def ibot_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
     backend: Backend | None = None,
 ) -> Tensor:
     """Cross-entropy of a student's prototypes for masked patches with those of a teacher that sees them.
@@ -139,6 +145,7 @@ def ibot_loss(
         normalize: See above.
         reduction: "mean" divides by the sum of weights; "sum" adds up, and "none" returns, weighted losses.
         group: See above.
+        reduce: See above.
         backend: See above.
 
     Returns:
@@ -159,25 +166,21 @@ def ibot_loss(
         center,
         sinkhorn_iterations,
         normalize,
+        reduction,
         group,
+        reduce,
         backend,
     )
     prototypes = student_prototypes, teacher_prototypes
-    losses, b = _distilled(
-        op, [("student", student)], [("teacher", teacher)], prototypes, [None], options
+    return _distilled(
+        op,
+        [("student", student)],
+        [("teacher", teacher)],
+        prototypes,
+        [None],
+        options,
+        weights=weights,
     )
-    counts = torch.ones_like(losses)
-    if weights is not None:
-        check_shape(op, "weights", weights, tuple(losses.shape), b)
-        counts = weights.detach().double()
-        if not bool(((counts >= 0) & counts.isfinite()).all()):
-            message = f"{op}: weights must be finite and at least 0, got {float(counts.min())} to {float(counts.max())}"
-            raise ValueError(message)
-        losses = losses * counts
-        if reduction == "mean":
-            total = counts.sum()
-            losses = losses * (len(counts) / total.where(total > 0, 1.0))
-    return reduced(op, losses, None, reduction, b)
 
 
 class DINOCenter(nn.Module):
@@ -235,17 +238,18 @@ class DINOCenter(nn.Module):
         Memory: O(B C + K C); the (B, K) scores are never stored.
         """
         op = "DINOCenter.update"
-        named = [(f"teacher[{i}]", view) for i, view in enumerate(teacher)]
-        prototypes = ("teacher_prototypes", teacher_prototypes)
-        *views, w = checked_features(op, *named, prototypes, normalize=normalize)
-        check_shape(op, *prototypes, (len(self.center), w.shape[1]), self.center)
+        with meeting(op, group) as met:
+            named = [(f"teacher[{i}]", view) for i, view in enumerate(teacher)]
+            prototypes = ("teacher_prototypes", teacher_prototypes)
+            *views, w = checked_features(op, *named, prototypes, normalize=normalize)
+            check_shape(op, *prototypes, (len(self.center), w.shape[1]), self.center)
+            met.tell(w, w, torch.ones(()), momentum=self.momentum)
         # The number of features at the end, so that one message brings both.
         total = torch.zeros(w.shape[1] + 1, dtype=torch.float64, device=w.device)
         for view in views:
             total[:-1] += view.sum(dim=0, dtype=torch.float64)
             total[-1] += len(view)
-        if group is not None:
-            dist.all_reduce(total, group=group)
+        total = sum_over(met.ranks, total)
         count = total[-1]
         mean = (total[:-1] / count.clamp_min(1.0)).to(self.center.dtype)
         with without_autocast(w):
@@ -265,7 +269,9 @@ class _Options(NamedTuple):
     center: Tensor | None
     sinkhorn_iterations: int | None
     normalize: bool
+    reduction: Reduction
     group: "dist.ProcessGroup | None"
+    reduce: Reduce
     backend: Backend | None
 
 
@@ -276,35 +282,75 @@ def _distilled(
     prototypes: tuple[Tensor, Tensor],
     sources: Sequence[int | None],
     options: _Options,
-) -> tuple[Tensor, Tensor]:
-    """Losses (B,) float64, and the student's prototypes, after checks of all arguments."""
-    normalize, group, backend = options.normalize, options.group, options.backend
-    views, b = checked_batch(
-        op, student, len(student), ("student_prototypes", prototypes[0]), normalize
-    )
-    seen, w = checked_batch(
-        op, teacher, len(teacher), ("teacher_prototypes", prototypes[1]), normalize
-    )
-    check_features(op, teacher[0][0], seen[0], dtype=b.dtype)
-    check_shape(op, teacher[0][0], seen[0], (len(views[0]), w.shape[1]), b)
-    check_shape(op, "teacher_prototypes", w, (len(b), w.shape[1]), b)
-    student_temperature = positive_number(op, "student_temperature", options.student_temperature, b)
-    x, w = torch.cat(seen).detach(), w.detach()
-    scale = assignment_scale(op, "teacher_temperature", options.teacher_temperature, x, w)
-    center = _checked_center(op, options, float(scale), b)
-    if is_reference(op, backend, group, b):
-        distilled = reference.Teacher(x, w, 1.0 / scale, center, options.sinkhorn_iterations)
-        return reference.dino_losses(views, b, student_temperature, distilled, sources), b
-    if options.sinkhorn_iterations is None:
-        columns = (-scale * center).to(distance_dtype_of(b))
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The loss of views, all of which are checked; a target of view i of a teacher has a source."""
+    normalize, backend, iterations = options.normalize, options.backend, options.sinkhorn_iterations
+    with meeting(op, options.group) as met:
+        if not any(i != source for i in range(len(student)) for source in sources):
+            message = (
+                f"{op}: student and teacher must have views that can be compared with other views, "
+                f"got {len(student)} and {len(teacher)}"
+            )
+            raise ValueError(message)
+        check_reductions(op, options.reduction, options.reduce)
+        named = ("student_prototypes", prototypes[0]), ("teacher_prototypes", prototypes[1])
+        views, b = checked_batch(op, student, len(student), named[0], normalize)
+        seen, w = checked_batch(op, teacher, len(teacher), named[1], normalize)
+        check_features(op, teacher[0][0], seen[0], dtype=b.dtype)
+        check_shape(op, teacher[0][0], seen[0], (len(views[0]), w.shape[1]), b)
+        check_shape(op, "teacher_prototypes", w, (len(b), w.shape[1]), b)
+        predicting = 1.0 / positive_number(
+            op, "student_temperature", options.student_temperature, b
+        )
+        x, w = torch.cat(seen).detach(), w.detach()
+        scale = assignment_scale(op, "teacher_temperature", options.teacher_temperature, x, w)
+        center = _checked_center(op, options, float(scale), b)
+        counts = None if weights is None else _checked_weights(op, weights, views[0])
+        by_definition = is_reference(op, backend, options.group, b)
+        met.tell(
+            views[0],
+            b,
+            predicting,
+            teacher_temperature=1.0 / float(scale),
+            sinkhorn_iterations=iterations,
+            num_prototypes=len(b),
+            num_views=(len(views), len(seen)),
+            weighted=weights is not None,
+            reduction=options.reduction,
+            reduce=options.reduce,
+        )
+    if by_definition:
+        distilled = reference.Teacher(x, w, 1.0 / scale, center, iterations)
+        losses = reference.dino_losses(views, b, 1.0 / predicting, distilled, sources)
     else:
-        columns = balanced_columns(op, x, w, scale, options.sinkhorn_iterations, group, backend)
-    assignment = softmax_assignment(op, x, w, scale, columns, backend)
-    targets = assignment.mean(b).view(len(seen), *views[0].shape)
-    losses = prediction_losses(
-        op, views, b, 1.0 / student_temperature, list(targets), sources, backend
-    )
-    return losses, b
+        if iterations is None:
+            columns = (-scale * center).to(distance_dtype_of(b))
+        else:
+            columns = balanced_columns(op, x, w, scale, iterations, met.ranks, backend)
+        assignment = softmax_assignment(op, x, w, scale, columns, backend)
+        targets = assignment.mean(b).view(len(seen), *views[0].shape)
+        losses = prediction_losses(op, views, b, predicting, list(targets), sources, backend)
+    if counts is not None:
+        losses = losses * counts
+        if options.reduction == "mean":
+            total = sum_over(met.ranks, counts.sum())
+            num_rows = len(counts) if met.ranks is None else sum(met.ranks.num_rows)
+            losses = losses * (num_rows / total.where(total > 0, 1.0))
+    return reduced_over(met.ranks, op, losses, options.reduction, options.reduce, b)
+
+
+def _checked_weights(op: str, weights: Tensor, features: Tensor) -> Tensor:
+    """(B,) float64."""
+    check_shape(op, "weights", weights, (len(features),), features)
+    weights = weights.detach().double()
+    if not bool(((weights >= 0) & weights.isfinite()).all()):
+        message = (
+            f"{op}: weights must be finite and at least 0, "
+            f"got {float(weights.min())} to {float(weights.max())}"
+        )
+        raise ValueError(message)
+    return weights
 
 
 def _checked_center(op: str, options: _Options, scale: float, prototypes: Tensor) -> Tensor:

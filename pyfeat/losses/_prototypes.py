@@ -20,7 +20,8 @@ from pyfeat._backends import BACKENDS, Backend, select_backend
 from pyfeat._checks import check_choice
 from pyfeat._contrast import Pairs
 from pyfeat.losses._arguments import check_shape, checked_features, positive_number
-from pyfeat.losses._reduction import Reduction, reduced, sums_over
+from pyfeat.losses._group import Reduce
+from pyfeat.losses._reduction import Reduction, sums_over
 from pyfeat.losses._sinkhorn import (
     assignment_scale,
     balanced_columns,
@@ -28,6 +29,7 @@ from pyfeat.losses._sinkhorn import (
     check_prototypes,
     softmax_assignment,
 )
+from pyfeat.losses._together import check_reductions, meeting, reduced_over
 
 
 def swav_loss(
@@ -42,6 +44,7 @@ def swav_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
     backend: Backend | None = None,
 ) -> Tensor:
     """Cross-entropy of every view's prototypes with those that Sinkhorn-Knopp assigns to the others.
@@ -60,8 +63,10 @@ def swav_loss(
         queues: For each assigned view, (E, D) features of earlier batches that take part in the balance.
         normalize: Divide all vectors by their length, prototypes too; zero vectors stay zero.
         reduction: "none" returns the losses (B,).
-        group: Processes whose batches are assigned together; the loss is that of own rows. None: this
-            process alone.
+        group: Processes whose batches, of any sizes, are assigned together, and whose rows the loss is over;
+            None: this process alone.
+        reduce: What makes gradients of processes those of the loss: their mean, "ddp_mean", as
+            DistributedDataParallel takes it, or their "sum".
         backend: Backend to run; None takes the fastest that supports the inputs.
 
     Returns:
@@ -69,7 +74,9 @@ def swav_loss(
 
     Raises:
         TypeError: If features are not float, or iterations no integer.
-        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite.
+        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; on several
+            processes also if arguments differ.
+        RuntimeError: If another process has raised.
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
     Precision: products and gradients in float32, sums of the loss in float64.
@@ -84,37 +91,52 @@ def swav_loss(
         tensor(0.3133)
     """
     op = "swav_loss"
-    num_views = len(views)
-    indices = _checked_indices(op, assigned, num_views)
-    extra = [] if queues is None else list(queues)
-    if queues is not None and len(extra) != len(indices):
-        message = (
-            f"{op}: queues must be as many as assigned views, {len(indices)}, got {len(extra)}"
+    with meeting(op, group) as met:
+        num_views = len(views)
+        indices = _checked_indices(op, assigned, num_views)
+        extra = [] if queues is None else list(queues)
+        if queues is not None and len(extra) != len(indices):
+            message = (
+                f"{op}: queues must be as many as assigned views, {len(indices)}, got {len(extra)}"
+            )
+            raise ValueError(message)
+        check_iterations(op, iterations)
+        check_reductions(op, reduction, reduce)
+        named = [(f"views[{i}]", view) for i, view in enumerate(views)]
+        named += [(f"queues[{i}]", queue) for i, queue in enumerate(extra)]
+        checked, b = checked_batch(op, named, num_views, ("prototypes", prototypes), normalize)
+        features, waiting = checked[:num_views], [x.detach() for x in checked[num_views:]]
+        predicting = 1.0 / positive_number(op, "temperature", temperature, b)
+        balanced = [features[i].detach() for i in indices]
+        if waiting:
+            balanced = [torch.cat([x, y]) for x, y in zip(balanced, waiting, strict=True)]
+        w = b.detach()
+        scale = assignment_scale(op, "epsilon", epsilon, torch.cat(balanced), w)
+        by_definition = is_reference(op, backend, group, b)
+        met.tell(
+            features[0],
+            b,
+            predicting,
+            epsilon=1.0 / float(scale),
+            iterations=iterations,
+            num_prototypes=len(b),
+            num_views=num_views,
+            assigned=indices,
+            reduction=reduction,
+            reduce=reduce,
         )
-        raise ValueError(message)
-    check_iterations(op, iterations)
-    named = [(f"views[{i}]", view) for i, view in enumerate(views)]
-    named += [(f"queues[{i}]", queue) for i, queue in enumerate(extra)]
-    checked, b = checked_batch(op, named, num_views, ("prototypes", prototypes), normalize)
-    features, waiting = checked[:num_views], [x.detach() for x in checked[num_views:]]
-    predicting = positive_number(op, "temperature", temperature, b)
-    balanced = [features[i].detach() for i in indices]
-    if waiting:
-        balanced = [torch.cat([x, y]) for x, y in zip(balanced, waiting, strict=True)]
-    w = b.detach()
-    scale = assignment_scale(op, "epsilon", epsilon, torch.cat(balanced), w)
-    if is_reference(op, backend, group, b):
+    if by_definition:
         losses = reference.swav_losses(
-            features, b, predicting, indices, balanced, 1.0 / float(scale), iterations
+            features, b, 1.0 / predicting, indices, balanced, 1.0 / float(scale), iterations
         )
-        return reduced(op, losses, None, reduction, b)
-    targets = []
-    for x in balanced:
-        columns = balanced_columns(op, x, w, scale, iterations, group, backend)
-        assignment = softmax_assignment(op, x[: len(features[0])], w, scale, columns, backend)
-        targets.append(assignment.mean(b))
-    losses = prediction_losses(op, features, b, 1.0 / predicting, targets, indices, backend)
-    return reduced(op, losses, None, reduction, b)
+    else:
+        targets = []
+        for x in balanced:
+            columns = balanced_columns(op, x, w, scale, iterations, met.ranks, backend)
+            assignment = softmax_assignment(op, x[: len(features[0])], w, scale, columns, backend)
+            targets.append(assignment.mean(b))
+        losses = prediction_losses(op, features, b, predicting, targets, indices, backend)
+    return reduced_over(met.ranks, op, losses, reduction, reduce, b)
 
 
 def prediction_losses(

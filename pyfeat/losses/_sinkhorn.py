@@ -7,9 +7,11 @@ from torch import Tensor
 from pyfeat._backends import Backend
 from pyfeat._checks import check_features, check_finite, distance_dtype_of
 from pyfeat._contrast import Pairs
+from pyfeat._ranks import Ranks
 from pyfeat.losses._arguments import checked_features, positive_number
 from pyfeat.losses._assignment import Assignment
 from pyfeat.losses._reduction import sums_over
+from pyfeat.losses._together import log_sum_exp_over, meeting, sum_over
 
 # Of the scores in float64 at a time: what a core's cache holds, and on a GPU what keeps it busy.
 _CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 20, 64 << 20
@@ -39,7 +41,9 @@ def sinkhorn(
 
     Raises:
         TypeError: If scores are not float, or iterations no integer.
-        ValueError: If a shape or value is out of range, or a score is NaN or infinite.
+        ValueError: If a shape or value is out of range, or a score is NaN or infinite; on several processes
+            also if arguments differ.
+        RuntimeError: If another process has raised.
 
     Precision: float64 inside, rounded once.
     Memory: the result, and a workspace of a few MB for K up to 100,000.
@@ -53,30 +57,30 @@ def sinkhorn(
                 [0.1006, 0.8994]])
     """
     op = "sinkhorn"
-    check_features(op, "scores", scores)
-    check_finite(op, "scores", scores.detach())
-    check_iterations(op, iterations)
-    if scores.shape[1] == 0:
-        message = f"{op}: scores must have at least one column, got shape {tuple(scores.shape)}"
-        raise ValueError(message)
-    s = scores.detach()
-    temperature = float(positive_number(op, "epsilon", epsilon, s))
+    with meeting(op, group) as met:
+        check_features(op, "scores", scores)
+        check_finite(op, "scores", scores.detach())
+        check_iterations(op, iterations)
+        if scores.shape[1] == 0:
+            message = f"{op}: scores must have at least one column, got shape {tuple(scores.shape)}"
+            raise ValueError(message)
+        s = scores.detach()
+        temperature = float(positive_number(op, "epsilon", epsilon, s))
+        met.tell(s, s[:0], torch.ones(()), epsilon=temperature, iterations=iterations)
     num_bytes = _CHUNK_BYTES if s.device.type == "cpu" else _GPU_CHUNK_BYTES
     chunk_size = max(1, num_bytes // (8 * s.shape[1]))
     chunks = torch.split(s, chunk_size)
     lse = s.new_full((s.shape[1],), -torch.inf, dtype=torch.float64)
     for chunk in chunks:
         lse = torch.logaddexp(lse, torch.logsumexp(chunk.double() / temperature, dim=0))
-    columns = -log_sum_exp_over(group, lse)
+    columns = -log_sum_exp_over(met.ranks, lse)
     for _ in range(iterations - 1):
         # Half the exponentials of log-sum-exps, and no underflow: where columns sum to 1, the largest entry
         # of each is at least 1 / B and a row sums to at most K, so that none of these is below 1 / (B K).
         sums = torch.zeros_like(columns)
         for chunk in chunks:
             sums += torch.softmax((chunk.double() / temperature).add_(columns), dim=1).sum(dim=0)
-        if group is not None:
-            dist.all_reduce(sums, group=group)
-        columns = columns - sums.log()
+        columns = columns - sum_over(met.ranks, sums).log()
     out = torch.empty_like(s, dtype=distance_dtype_of(s), memory_format=torch.contiguous_format)
     for part, chunk in zip(torch.split(out, chunk_size), chunks, strict=True):
         part.copy_(torch.softmax((chunk.double() / temperature).add_(columns), dim=1))
@@ -114,7 +118,9 @@ def sinkhorn_assignment(
 
     Raises:
         TypeError: If features are not float, or iterations no integer.
-        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite.
+        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; on several
+            processes also if arguments differ.
+        RuntimeError: If another process has raised.
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
     Precision: products in float32, sums in float64, potentials of columns rounded to float32: relative
@@ -133,12 +139,14 @@ def sinkhorn_assignment(
     op = "sinkhorn_assignment"
     named = [("features", features), ("prototypes", prototypes)]
     named += [] if queue is None else [("queue", queue)]
-    x, w, *extra = (y.detach() for y in checked_features(op, *named, normalize=normalize))
-    check_prototypes(op, "prototypes", w)
-    check_iterations(op, iterations)
-    everything = torch.cat([x, *extra]) if extra else x
-    scale = assignment_scale(op, "epsilon", epsilon, everything, w)
-    columns = balanced_columns(op, everything, w, scale, iterations, group, backend)
+    with meeting(op, group) as met:
+        x, w, *extra = (y.detach() for y in checked_features(op, *named, normalize=normalize))
+        check_prototypes(op, "prototypes", w)
+        check_iterations(op, iterations)
+        everything = torch.cat([x, *extra]) if extra else x
+        scale = assignment_scale(op, "epsilon", epsilon, everything, w)
+        met.tell(everything, w, scale, num_prototypes=len(w), iterations=iterations)
+    columns = balanced_columns(op, everything, w, scale, iterations, met.ranks, backend)
     return softmax_assignment(op, x, w, scale, columns, backend)
 
 
@@ -149,7 +157,7 @@ def balanced_columns(
     prototypes: Tensor,
     scale: Tensor,
     iterations: int,
-    group: "dist.ProcessGroup | None",
+    ranks: Ranks | None,
     backend: Backend | None,
 ) -> Tensor:
     """(K,) of the dtype of distances, added to scores such that rows use all columns alike.
@@ -167,11 +175,11 @@ def balanced_columns(
         return sums.row_lse + middle
 
     rows = features.new_zeros(len(features), dtype=torch.float64)
-    columns = -log_sum_exp_over(group, lse(prototypes, features, rows))
+    columns = -log_sum_exp_over(ranks, lse(prototypes, features, rows))
     for _ in range(iterations - 1):
         rows = -lse(features, prototypes, columns)
-        columns = -log_sum_exp_over(group, lse(prototypes, features, rows))
-    # Of no features at all they are infinite.
+        columns = -log_sum_exp_over(ranks, lse(prototypes, features, rows))
+    # Of no features at all they are not finite.
     columns = columns.where(columns.isfinite(), 0.0)
     return (columns - columns.mean()).to(distance_dtype_of(features))
 
@@ -216,18 +224,6 @@ def assignment_scale(
         )
         raise ValueError(message)
     return scale
-
-
-def log_sum_exp_over(group: "dist.ProcessGroup | None", lse: Tensor) -> Tensor:
-    """Of all processes together, from the float64 log-sum-exp of each."""
-    if group is None:
-        return lse
-    largest = lse.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    shift = largest.where(largest.isfinite(), 0.0)
-    sums = (lse - shift).exp()
-    dist.all_reduce(sums, group=group)
-    return sums.log() + shift
 
 
 def check_iterations(op: str, iterations: int, name: str = "iterations") -> None:
