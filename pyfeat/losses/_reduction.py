@@ -31,14 +31,13 @@ def sums_over(
     *,
     columns: bool = False,
     largest: bool = False,
-    itself: bool = False,
     backend: Backend | None,
 ) -> PairSums:
     """``pair_sums`` of the backend that runs."""
     check_choice(op, "backend", backend, (None, *BACKENDS))
     if select_backend(op, backend, a) == "reference":
         return PairSums(*reference.pair_sums(a, b, scale, *pairs))
-    return pair_sums(a, b, scale, pairs, columns=columns, largest=largest, itself=itself)
+    return pair_sums(a, b, scale, pairs, columns=columns, largest=largest)
 
 
 def check_reduction(op: str, reduction: str, *directions: Tensor) -> None:
