@@ -282,9 +282,10 @@ def _sqrt(x: Tensor) -> Tensor:
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Sinkhorn-Knopp assignments (B, K), rows summing to 1, in float64.
 
-    Scales the columns and then the rows of ``exp(scores / epsilon)`` to equal sums, so many times. Written
-    with the logarithms of the factors: ``Q = exp(s + rows + columns)`` has rows summing to 1 when rows is
-    ``-logsumexp_k(s_ik + columns_k)``, and columns when columns is ``-logsumexp_i(s_ik + rows_i)``.
+    Scales the columns and then the rows of ``exp(scores / epsilon)`` to equal sums, so many times.
+    Written with the logarithms of the factors: ``Q = exp(s + rows + columns)`` has rows summing to
+    1 when rows is ``-logsumexp_k(s_ik + columns_k)``, and columns when columns is
+    ``-logsumexp_i(s_ik + rows_i)``.
     """
     s = scores.detach().double() / epsilon  # [B, K]
     if s.shape[0] == 0:

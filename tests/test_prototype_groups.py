@@ -202,7 +202,7 @@ def test_losses_and_gradients_are_those_of_one_process(
     else:
         assert torch.equal(*losses)
         torch.testing.assert_close(losses[0], expected[0], rtol=1e-6, atol=0.0)
-    # Gradients are averaged over ranks, or added up; without a reduction each rank has its own loss.
+    # Gradients are averaged over ranks, or added up; without a reduction ranks have own losses.
     factor = 0.5 if reduce == "ddp_mean" and reduction != "none" else 1.0
     for parts, true in (
         (factor * torch.cat(by_view), expected[1]),

@@ -74,8 +74,8 @@ def test_tiny_batches_are_right_to_a_few_roundings(
     inputs = [*inputs_of(*size), torch.tensor(1 / temperature)]
     exact = with_gradients(usual_swav, *(x.double() for x in inputs))
     for mine, true in zip(with_gradients(each(), *inputs), exact, strict=True):
-        # Losses and gradients are differences of terms as large as prototypes over the temperature, and
-        # assignments are known to a few roundings of scores over epsilon.
+        # Losses and gradients are differences of terms as large as prototypes over the
+        # temperature, and assignments are known to a few roundings of scores over epsilon.
         atol = 2.0**-22 / temperature + 2.0**-23 / 0.05 * float(true.abs().max())
         torch.testing.assert_close(mine, true, rtol=0.0, atol=atol)
 
@@ -149,6 +149,15 @@ def test_half_precision_differs_by_roundings_of_gradients(dtype: torch.dtype) ->
     for mine, true in zip(gradients, exact[1:], strict=True):
         eps = torch.finfo(dtype).eps
         assert ((mine - true).abs() <= 2 * eps * true.abs().max()).all()
+
+
+def test_a_large_upstream_gradient_does_not_overflow_before_the_cast() -> None:
+    # Terms of the gradients are 65536 / 0.001 and 0, but for a few roundings.
+    view = torch.eye(4).half().requires_grad_()
+    prototypes = torch.eye(4).half().requires_grad_()
+    loss = swav_loss([view, view], prototypes, temperature=0.001)
+    for gradient in torch.autograd.grad(loss * 65536.0, (view, prototypes)):
+        assert gradient.isfinite().all()
 
 
 def test_no_gradient_flows_through_the_assignments() -> None:

@@ -11,7 +11,7 @@ from pyfeat._contrast_blocks import product_dtype
 
 
 class Assignment(NamedTuple):
-    """Probabilities of K prototypes for each of B features, not stored; constants without a gradient.
+    """Probabilities of K prototypes for each of B features, not stored; without a gradient.
 
     ``Q_ik = exp(scale * features_i . prototypes_k + columns_k - row_lse_i)``; rows sum to 1.
     """

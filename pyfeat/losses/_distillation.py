@@ -42,27 +42,28 @@ def dino_loss(
 ) -> Tensor:
     """Cross-entropy of a student's prototypes with those of a teacher that sees other views.
 
-    ``loss_i = mean over teacher views t and student views v != t of -sum_k p_t,ik ln softmax_k(student_v,i .
-    student_prototypes_k / student_temperature)`` with p_t the softmax over prototypes of
-    ``(teacher_t @ teacher_prototypes.T - center) / teacher_temperature``, or Sinkhorn-Knopp's assignments
-    of all teacher views together. Features are what enters the last linear layer of a head, and
-    prototypes its weight: the layer is part of the loss. No gradient flows through the teacher.
+    ``loss_i = mean over teacher views t and student views v != t of -sum_k p_t,ik ln
+    softmax_k(student_v,i . student_prototypes_k / student_temperature)`` with p_t the softmax over
+    prototypes of ``(teacher_t @ teacher_prototypes.T - center) / teacher_temperature``, or
+    Sinkhorn-Knopp's assignments of all teacher views together. Features are what enters the last
+    linear layer of a head, and prototypes its weight: the layer is part of the loss. No gradient
+    flows through the teacher.
 
     Args:
         student: V views (B, D), float32, float64, float16 or bfloat16, finite. B may be 0.
-        teacher: T views (B, C), of the dtype of the student's; teacher view t shows what student view t does,
-            and these two are not compared.
+        teacher: T views (B, C), of the dtype of the student's; teacher view t shows what student
+            view t does, and these two are not compared.
         student_prototypes: (K, D), dtype and device of the views, K >= 1.
         teacher_prototypes: (K, C).
         student_temperature: > 0; a tensor () may have a gradient.
-        teacher_temperature: > 0.
+        teacher_temperature: > 0, with the limit of ``epsilon`` in ``sinkhorn_assignment``.
         center: (K,) float, such as that of a ``DINOCenter``; None: 0.
         sinkhorn_iterations: >= 1 balances the prototypes in place of a centre; None: softmax.
-        normalize: Divide all vectors by their length, prototypes too (a last layer with weight norm); zero
-            vectors stay zero.
+        normalize: Divide all vectors by their length, prototypes too (a last layer with weight
+            norm); zero vectors stay zero.
         reduction: "none" returns the losses (B,).
-        group: Processes whose batches, of any sizes, the loss is over, and which Sinkhorn-Knopp assigns
-            together; None: this process alone.
+        group: Processes whose batches, of any sizes, the loss is over, and which Sinkhorn-Knopp
+            assigns together; None: this process alone.
         reduce: As in ``swav_loss``.
         backend: Backend to run; None takes the fastest that supports the inputs.
 
@@ -71,14 +72,14 @@ def dino_loss(
 
     Raises:
         TypeError: If features are not float, or iterations no integer.
-        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; on several
-            processes also if arguments differ.
+        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; on
+            several processes also if arguments differ.
         RuntimeError: If another process has raised.
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
-    Precision: products and gradients in float32, sums of the loss in float64.
-    Memory: O((V B + K) D + (T B + K) C), and as much of the student's scores as ``set_memory_budget`` lets
-    the backward pass keep; the teacher's are never stored.
+    Precision: as ``swav_loss``.
+    Memory: O((V B + K) D + (T B + K) C), and as much of the student's scores as
+    ``set_memory_budget`` lets the backward pass keep; the teacher's are never stored.
     Source: Caron et al., Emerging properties in self-supervised vision transformers, ICCV 2021,
     arXiv:2104.14294; Sinkhorn-Knopp: Oquab et al., DINOv2, 2023, arXiv:2304.07193.
 
@@ -126,7 +127,7 @@ def ibot_loss(
     reduce: Reduce = "ddp_mean",
     backend: Backend | None = None,
 ) -> Tensor:
-    """Cross-entropy of a student's prototypes for masked patches with those of a teacher that sees them.
+    """Cross-entropy of a student's prototypes for masked patches with those of its teacher.
 
     ``dino_loss`` between the same rows: ``loss_i = -sum_k p_ik ln softmax_k(student_i .
     student_prototypes_k / student_temperature)``.
@@ -134,16 +135,18 @@ def ibot_loss(
     Args:
         student: (B, D), the B masked patches of all images.
         teacher: (B, C), the same patches.
-        student_prototypes: (K, D); all arguments that are not named here are as in ``dino_loss``, also
-            what is raised.
+        student_prototypes: (K, D); all arguments that are not named here are as in ``dino_loss``,
+            also what is raised.
         teacher_prototypes: (K, C).
-        weights: (B,) float, finite, >= 0, such as 1 / (masked patches of the image); None: 1. No gradient.
+        weights: (B,) float, finite, >= 0, such as 1 / (masked patches of the image); None: 1. No
+            gradient.
         student_temperature: See above.
         teacher_temperature: See above.
         center: See above.
         sinkhorn_iterations: See above.
         normalize: See above.
-        reduction: "mean" divides by the sum of weights; "sum" adds up, and "none" returns, weighted losses.
+        reduction: "mean" divides by the sum of weights; "sum" adds up, and "none" returns, weighted
+            losses.
         group: See above.
         reduce: See above.
         backend: See above.
@@ -152,7 +155,8 @@ def ibot_loss(
         () float32, float64 for float64 features, or (B,) with reduction "none".
 
     Memory: as ``dino_loss``.
-    Source: Zhou et al., iBOT: image BERT pre-training with online tokenizer, ICLR 2022, arXiv:2111.07832.
+    Source: Zhou et al., iBOT: image BERT pre-training with online tokenizer, ICLR 2022,
+    arXiv:2111.07832.
 
     Examples:
         >>> patches = torch.eye(2)
@@ -221,9 +225,9 @@ class DINOCenter(nn.Module):
         normalize: bool = False,
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
-        """Move the centre towards the mean score of a batch, ``mean(teacher) @ teacher_prototypes.T``.
+        """Move the centre towards the mean score of a batch.
 
-        Without features nothing moves.
+        That is ``mean(teacher) @ teacher_prototypes.T``. Without features nothing moves.
 
         Args:
             teacher: Views (B, C), of any B, as in ``dino_loss``.

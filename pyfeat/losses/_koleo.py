@@ -21,9 +21,9 @@ def koleo(
 ) -> Tensor:
     """Kozachenko-Leonenko loss: every row pushes its nearest other row away.
 
-    ``loss_i = -ln(d_i + epsilon)``, d_i being the Euclidean distance of row i to its nearest other row,
-    the one of the lower index among equals. A single row has loss 0. Duplicates have the finite loss
-    ``-ln(epsilon)`` and, as no direction leads apart, no gradient from each other.
+    ``loss_i = -ln(d_i + epsilon)``, d_i being the Euclidean distance of row i to its nearest other
+    row, the one of the lower index among equals. A single row has loss 0. Duplicates have the
+    finite loss ``-ln(epsilon)`` and, as no direction leads apart, no gradient from each other.
 
     Args:
         features: (N, D) float32, float64, float16 or bfloat16, finite. N may be 0.
@@ -40,11 +40,11 @@ def koleo(
         ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite.
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
-    Precision: neighbours and distances as in ``pyfeat.knn``, those of float64 brute force; gradients in
-    float32, to both ends of every distance.
+    Precision: neighbours and distances as in ``pyfeat.knn``, those of float64 brute force;
+    gradients in float32, to both ends of every distance.
     Memory: O(N D); the (N, N) distances are never stored.
-    Source: Sablayrolles et al., Spreading vectors for similarity search, ICLR 2019, arXiv:1806.03198; as
-    in Oquab et al., DINOv2, 2023, arXiv:2304.07193.
+    Source: Sablayrolles et al., Spreading vectors for similarity search, ICLR 2019,
+    arXiv:1806.03198; as in Oquab et al., DINOv2, 2023, arXiv:2304.07193.
 
     Examples:
         >>> koleo(torch.tensor([[3.0, 0.0], [0.0, 2.0]]))

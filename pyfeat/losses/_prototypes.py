@@ -1,7 +1,7 @@
 """Losses of views that predict which prototypes other views are assigned to.
 
-Cross-entropies are linear in the targets, so those of a view are added up before it meets them: with
-T the sum of the n targets of a view z and ``S = scale * z @ prototypes.T``,
+Cross-entropies are linear in the targets, so those of a view are added up before it meets them:
+with T the sum of the n targets of a view z and ``S = scale * z @ prototypes.T``,
 
     loss_i = n logsumexp_k S_ik - <T_i, S_i>,    <T_i, S_i> = scale (T @ prototypes)_i . z_i,
 
@@ -47,24 +47,27 @@ def swav_loss(
     reduce: Reduce = "ddp_mean",
     backend: Backend | None = None,
 ) -> Tensor:
-    """Cross-entropy of every view's prototypes with those that Sinkhorn-Knopp assigns to the others.
+    """Cross-entropy of the prototypes of views with those assigned to other views (SwAV).
 
-    ``loss_i = mean over a in assigned and v != a of -sum_k Q_a,ik ln softmax_k(views_v,i . prototypes_k /
-    temperature)`` with Q_a as ``sinkhorn(views_a @ prototypes.T)``, through which no gradient flows.
+    ``loss_i = mean over a in assigned and v != a of -sum_k Q_a,ik ln softmax_k(views_v,i .
+    prototypes_k / temperature)`` with Q_a as ``sinkhorn(views_a @ prototypes.T)``, through which no
+    gradient flows.
 
     Args:
-        views: V >= 2 views (B, D) of the same images, float32, float64, float16 or bfloat16, finite,
-            usually of unit length. B may be 0.
+        views: V >= 2 views (B, D) of the same images, float32, float64, float16 or bfloat16,
+            finite, usually of unit length. B may be 0.
         prototypes: (K, D), dtype and device of the views, K >= 1, usually of unit length.
         assigned: Indices of the views that are assigned, in SwAV the large crops.
         temperature: > 0; a tensor () may have a gradient.
-        epsilon: > 0, the temperature of the assignments.
+        epsilon: > 0, the temperature of the assignments, with its limit in
+            ``sinkhorn_assignment``.
         iterations: >= 1, of Sinkhorn-Knopp.
-        queues: For each assigned view, (E, D) features of earlier batches that take part in the balance.
+        queues: For each assigned view, (E, D) features of earlier batches that take part in the
+            balance.
         normalize: Divide all vectors by their length, prototypes too; zero vectors stay zero.
         reduction: "none" returns the losses (B,).
-        group: Processes whose batches, of any sizes, are assigned together, and whose rows the loss is over;
-            None: this process alone.
+        group: Processes whose batches, of any sizes, are assigned together, and whose rows the loss
+            is over; None: this process alone.
         reduce: What makes gradients of processes those of the loss: their mean, "ddp_mean", as
             DistributedDataParallel takes it, or their "sum".
         backend: Backend to run; None takes the fastest that supports the inputs.
@@ -74,16 +77,17 @@ def swav_loss(
 
     Raises:
         TypeError: If features are not float, or iterations no integer.
-        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; on several
-            processes also if arguments differ.
+        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; on
+            several processes also if arguments differ.
         RuntimeError: If another process has raised.
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
-    Precision: products and gradients in float32, sums of the loss in float64.
-    Memory: O((V B + E + K) D), and as much of the scores as ``set_memory_budget`` lets the backward pass keep;
-    the assignments are never stored.
-    Source: Caron et al., Unsupervised learning of visual features by contrasting cluster assignments,
-    NeurIPS 2020, arXiv:2006.09882.
+    Precision: products and gradients in float32, sums of the loss in float64. A gradient is the
+    difference of two terms, each of which is rounded to bfloat16 for such features.
+    Memory: O((V B + E + K) D), and as much of the scores as ``set_memory_budget`` lets the backward
+    pass keep; the assignments are never stored.
+    Source: Caron et al., Unsupervised learning of visual features by contrasting cluster
+    assignments, NeurIPS 2020, arXiv:2006.09882.
 
     Examples:
         >>> view = torch.eye(2)
@@ -148,7 +152,7 @@ def prediction_losses(
     sources: Sequence[int | None],
     backend: Backend | None,
 ) -> Tensor:
-    """Losses (B,) float64 of views (B, D), the mean over all targets of which they are not the source.
+    """Losses (B,) float64 of views (B, D), the mean over targets of which they are not the source.
 
     Targets (B, D) are means of prototypes, ``T @ prototypes``.
     """

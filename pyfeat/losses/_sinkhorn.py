@@ -26,9 +26,9 @@ def sinkhorn(
 ) -> Tensor:
     """Assignments of a batch to prototypes by Sinkhorn-Knopp, for scores at hand.
 
-    Scales the columns and then the rows of ``exp(scores / epsilon)`` to equal sums, ``iterations`` times,
-    in logarithms: equal to the usual loop and free of overflow at any ``epsilon``. Without the scores, see
-    ``sinkhorn_assignment``.
+    Scales the columns and then the rows of ``exp(scores / epsilon)`` to equal sums, ``iterations``
+    times, in logarithms: equal to the usual loop and free of overflow at any ``epsilon``. Without
+    the scores, see ``sinkhorn_assignment``.
 
     Args:
         scores: (B, K) float32, float64, float16 or bfloat16, finite, K >= 1. B may be 0.
@@ -41,8 +41,8 @@ def sinkhorn(
 
     Raises:
         TypeError: If scores are not float, or iterations no integer.
-        ValueError: If a shape or value is out of range, or a score is NaN or infinite; on several processes
-            also if arguments differ.
+        ValueError: If a shape or value is out of range, or a score is NaN or infinite; on several
+            processes also if arguments differ.
         RuntimeError: If another process has raised.
 
     Precision: float64 inside, rounded once.
@@ -75,8 +75,9 @@ def sinkhorn(
         lse = torch.logaddexp(lse, torch.logsumexp(chunk.double() / temperature, dim=0))
     columns = -log_sum_exp_over(met.ranks, lse)
     for _ in range(iterations - 1):
-        # Half the exponentials of log-sum-exps, and no underflow: where columns sum to 1, the largest entry
-        # of each is at least 1 / B and a row sums to at most K, so that none of these is below 1 / (B K).
+        # Half the exponentials of log-sum-exps, and no underflow: where columns sum to 1, the
+        # largest entry of each is at least 1 / B and a row sums to at most K, so that none of these
+        # sums is below 1 / (B K).
         sums = torch.zeros_like(columns)
         for chunk in chunks:
             sums += torch.softmax((chunk.double() / temperature).add_(columns), dim=1).sum(dim=0)
@@ -105,8 +106,8 @@ def sinkhorn_assignment(
     Args:
         features: (B, D) float32, float64, float16 or bfloat16, finite. B may be 0.
         prototypes: (K, D), dtype and device of ``features``, K >= 1.
-        epsilon: > 0, the temperature; at least 1e-6 |features| |prototypes| for the longest of them (1e-14
-            in float64), so that rounding does not decide.
+        epsilon: > 0, the temperature; at least 1e-6 |features| |prototypes| for the longest of them
+            (1e-14 in float64), so that rounding does not decide.
         iterations: >= 1.
         queue: (E, D), further features that take part in the balance but are not returned.
         normalize: Divide all vectors by their length; zero vectors stay zero.
@@ -118,13 +119,13 @@ def sinkhorn_assignment(
 
     Raises:
         TypeError: If features are not float, or iterations no integer.
-        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; on several
-            processes also if arguments differ.
+        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; on
+            several processes also if arguments differ.
         RuntimeError: If another process has raised.
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
-    Precision: products in float32, sums in float64, potentials of columns rounded to float32: relative
-    errors of a few times 1e-7 / epsilon for vectors of unit length.
+    Precision: products in float32, sums in float64, potentials of columns rounded to float32:
+    relative errors of a few times 1e-7 / epsilon for vectors of unit length.
     Memory: O((B + E + K) D); the (B, K) scores are never stored.
     Source: as ``sinkhorn``.
 

@@ -1,6 +1,7 @@
 """Losses of rows that lie on several processes and meet in assignments and in a mean alone.
 
-With the contract of ``group`` and ``reduce`` in ``pyfeat.losses._group``; without a group nothing is sent.
+With the contract of ``group`` and ``reduce`` in ``pyfeat.losses._group``; without a group nothing
+is sent.
 """
 
 from typing import Any
