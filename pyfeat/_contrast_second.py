@@ -21,7 +21,7 @@ with a direction in common. For the same reason log-sum-exps are taken again her
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,19 +31,42 @@ from pyfeat._contrast_blocks import Block, Sides, blocks, product_dtype, without
 from pyfeat._pairs import Pairs
 
 
-class _Changes:
-    """A_ij: how much S_ij changes with what the gradients by ``a``, ``b`` and ``scale`` are for."""
+class SecondGradients:
+    """Second gradients by ``a``, ``b`` and ``scale``, added up block by block.
+
+    ``by`` are the gradients by the gradients of the three.
+    """
 
     def __init__(self, a: Tensor, b: Tensor, scale: Tensor, by: tuple[Tensor, ...]) -> None:
-        by_a, by_b, self._by_scale = by
+        self._dtypes = a.dtype, scale.dtype
+        self._a, self._b, self._by_a, self._by_b = (
+            x.to(product_dtype(x)) for x in (a, b, by[0], by[1])
+        )
+        self._scale, self._by_scale = scale.double(), by[2].double()
         # Side by side, so that by_a.b + a.by_b is one product.
-        self._left, self._right = torch.cat([by_a, a], dim=1), torch.cat([b, by_b], dim=1)
-        self._scale = scale
+        self._left = torch.cat([self._by_a, self._a], dim=1)  # [L, 2 D]
+        self._right = torch.cat([self._b, self._by_b], dim=1)  # [S, 2 D]
+        self._grad_a, self._grad_b = self._a.new_zeros(a.shape), self._b.new_zeros(b.shape)
+        self._grad_scale = torch.zeros_like(self._scale)
 
-    def of(self, block: Block) -> tuple[Tensor, Tensor]:
-        """A and the part of it that is multiplied by the scale, both [l, s] float64."""
-        slopes = (self._left[block.rows] @ self._right[block.columns].T).double()
-        return self._scale * slopes + self._by_scale * block.products, slopes
+    def blocks(self, pairs: Pairs) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """All pairs with A and with the part of A that is multiplied by the scale, [l, s] float64."""
+        for block in blocks(self._a, self._b, self._scale, pairs):
+            slopes = (self._left[block.rows] @ self._right[block.columns].T).double()
+            yield block, self._scale * slopes + self._by_scale * block.products, slopes
+
+    def add(self, block: Block, slopes: Tensor, weights: Tensor, curvatures: Tensor) -> None:
+        """``weights`` are G and ``curvatures`` H, both [l, s] float64."""
+        i, j = block.rows, block.columns
+        self._grad_scale += (curvatures * block.products).sum() + (weights * slopes).sum()
+        by_features = self._scale * curvatures + self._by_scale * weights
+        by_features, weights = (x.to(self._a.dtype) for x in (by_features, self._scale * weights))
+        self._grad_a[i] += by_features @ self._b[j] + weights @ self._by_b[j]
+        self._grad_b[j] += by_features.T @ self._a[i] + weights.T @ self._by_a[i]
+
+    def total(self) -> tuple[Tensor, Tensor, Tensor]:
+        features, scale = self._dtypes
+        return self._grad_a.to(features), self._grad_b.to(features), self._grad_scale.to(scale)
 
 
 def second_gradients(
@@ -62,39 +85,23 @@ def second_gradients(
     Raises:
         ValueError: If log-sum-exps are over more or other than these pairs.
     """
-    dtypes = a.dtype, scale.dtype
-    a, b, by_a, by_b = (x.to(product_dtype(x)) for x in (a, b, *by[:2]))
-    s, by_scale = scale.double(), by[2].double()
-    grad_a, grad_b, grad_s = a.new_zeros(a.shape), b.new_zeros(b.shape), torch.zeros_like(s)
+    gradients = SecondGradients(a, b, scale, by)
     with without_autocast(a):
-        changes = _Changes(a, b, s, (by_a, by_b, by_scale))
-        means = _means(blocks(a, b, s, pairs), changes, sides)
-        for block in blocks(a, b, s, pairs):
-            at_pairs, slopes = changes.of(block)
-            weights, curvatures = block.positive_weights(sides), torch.zeros_like(slopes)  # G, H
+        means = _means(gradients.blocks(pairs), sides)
+        for block, changes, slopes in gradients.blocks(pairs):
+            weights, curvatures = block.positive_weights(sides), torch.zeros_like(slopes)
             for dim, mean in means.items():
                 powers = block.softmax(mean.lse, dim)
                 powers *= block.spread(sides[dim].grad_lse, dim)
                 weights += powers
-                powers *= at_pairs - block.spread(mean.changes, dim)
+                powers *= changes - block.spread(mean.changes, dim)
                 curvatures += powers
-            grad_s += (curvatures * block.products).sum() + (weights * slopes).sum()
-            curvatures = (s * curvatures + by_scale * weights).to(a.dtype)
-            weights = (s * weights).to(a.dtype)
-            i, j = block.rows, block.columns
-            grad_a[i] += curvatures @ b[j] + weights @ by_b[j]
-            grad_b[j] += curvatures.T @ a[i] + weights.T @ by_a[i]
-    none = _Means(*(grad_s.new_zeros(0) for _ in _Means._fields))
-    rows, columns = means[1], means.get(0, none)
-    return (
-        grad_a.to(dtypes[0]),
-        grad_b.to(dtypes[0]),
-        grad_s.to(dtypes[1]),
-        rows.changes,
-        columns.changes,
-        rows.positives,
-        columns.positives,
-    )
+            gradients.add(block, slopes, weights, curvatures)
+    rows, columns = means[1], means.get(0)
+    if columns is None:
+        columns = _Means(*(rows.lse.new_zeros(0) for _ in _Means._fields))
+    by_sums = rows.changes, columns.changes, rows.positives, columns.positives
+    return (*gradients.total(), *by_sums)
 
 
 class _Means(NamedTuple):
@@ -105,15 +112,14 @@ class _Means(NamedTuple):
     positives: Tensor  # sums of A over what is positive
 
 
-def _means(pairs: Iterator[Block], changes: _Changes, sides: Sides) -> dict[int, _Means]:
+def _means(pairs: Iterator[tuple[Block, Tensor, Tensor]], sides: Sides) -> dict[int, _Means]:
     means = {dim: _Means(*(torch.zeros_like(x) for x in side)) for dim, side in sides.items()}
-    for block in pairs:
-        at_pairs, _ = changes.of(block)
-        at_positives = block.at_positives(at_pairs)
+    for block, changes, _ in pairs:
+        at_positives = block.at_positives(changes)
         for dim, side in sides.items():
             part, powers = block.part(dim), block.softmax(side.lse, dim)
             means[dim].lse[part] += powers.sum(dim)
-            powers *= at_pairs
+            powers *= changes
             means[dim].changes[part] += powers.sum(dim)
             means[dim].positives[part] += at_positives.sum(dim)
     for dim, side in sides.items():
@@ -132,31 +138,39 @@ def _means(pairs: Iterator[Block], changes: _Changes, sides: Sides) -> dict[int,
 
 
 def keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the inputs of ``pyfeat::pair_sums_backward``; torch sees if one is changed in place."""
+    """Keep the inputs of ``pyfeat::pair_sums_backward``."""
     # The last, similarities that were kept, are as large as a budget allows and are not used here.
-    *inputs_, ctx.itself, _, _, _ = inputs
-    ctx.are_tensors = [isinstance(x, Tensor) for x in inputs_]
-    ctx.save_for_backward(*(x for x in inputs_ if isinstance(x, Tensor)))
-    ctx.others = [x for x in inputs_ if not isinstance(x, Tensor)]
+    *constants, ctx.itself, _, _, _ = inputs
+    keep(ctx, constants)
 
 
 def second(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients by all inputs of ``pyfeat::pair_sums_backward``, None for what has none."""
-    tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-    inputs = [next(tensors if is_tensor else others) for is_tensor in ctx.are_tensors]
-    by_a, by_b, by_scale = by
+    inputs, (by_a, by_b, by_scale) = kept(ctx), by
     if ctx.itself:
         by_b = by_a
-    # What was not asked for has no gradient.
-    by_a, by_b = (
-        v if v.shape == x.shape else torch.zeros_like(x)
-        for v, x in zip((by_a, by_b), inputs, strict=False)
-    )
-    grad_a, grad_b, *gradients = torch.ops.pyfeat.pair_sums_second(*inputs, by_a, by_b, by_scale)
+    of_features = as_features(by_a, inputs[0]), as_features(by_b, inputs[1])
+    grad_a, grad_b, *gradients = torch.ops.pyfeat.pair_sums_second(*inputs, *of_features, by_scale)
     if ctx.itself:
         grad_a, grad_b = grad_a + grad_b, None
     constants = [None] * (len(inputs) - 2 - len(gradients))
     return (grad_a, grad_b, gradients[0], *constants, *gradients[1:], None, None, None, None)
+
+
+def keep(ctx: Any, inputs: Sequence[Tensor | bool | None]) -> None:
+    """Keep tensors and flags; torch sees if a tensor is changed in place before ``kept``."""
+    ctx.flags = [x if isinstance(x, bool) else None for x in inputs]
+    ctx.save_for_backward(*(None if isinstance(x, bool) else x for x in inputs))
+
+
+def kept(ctx: Any) -> list[Any]:
+    tensors = ctx.saved_tensors
+    return [x if flag is None else flag for x, flag in zip(tensors, ctx.flags, strict=True)]
+
+
+def as_features(gradient: Tensor, features: Tensor) -> Tensor:
+    """Zeros for a gradient that was not asked for, which has no rows."""
+    return gradient if gradient.shape == features.shape else torch.zeros_like(features)
 
 
 def refuse_third(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:

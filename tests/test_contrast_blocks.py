@@ -180,7 +180,6 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
 
-@pytest.mark.slow
 def test_no_tensor_of_all_pairs_exists() -> None:
     count, scale = 3000, torch.tensor(5.0).double()
     a, b = random(count, 4), random(count, 4)

@@ -105,7 +105,6 @@ def test_second_derivatives_are_as_good_as_torch(
     assert_second_as_good_as_torch(name, inputs, None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip_loss", "nt_xent"])
 def test_second_derivatives_of_more_than_one_block_are_as_good_as_torch(name: str) -> None:
     rows = 1030 if name == "clip_loss" else 515  # a block has 1,024 rows and columns
