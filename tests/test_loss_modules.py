@@ -220,6 +220,20 @@ def test_autocast_changes_nothing(case: str, whole: bool) -> None:
         assert torch.equal(mine, true)
 
 
+def test_products_with_targets_keep_their_precision_under_autocast() -> None:
+    a, b = unit()
+    module, targets = InfoNCELoss(), torch.rand(12, 12)
+    expected = with_gradients(lambda *x: module(*x, targets=targets), module, a, b)
+
+    def loss(*x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            value: Tensor = module(*x, targets=targets)
+        return value
+
+    for mine, true in zip(with_gradients(loss, module, a, b), expected, strict=True):
+        assert torch.equal(mine, true)
+
+
 def test_features_made_under_autocast_train_float32_parameters() -> None:
     encoder, loss = nn.Linear(6, 8), CLIPLoss(normalize=True)
     with torch.autocast("cpu", torch.bfloat16):
