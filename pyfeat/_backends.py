@@ -18,7 +18,10 @@ Backend = Literal["cpu", "triton", "reference"]
 # op, features, k
 Obstacles = Callable[[str, Tensor, int], list[str]]
 
-_TRITON_OPS = ("knn",)
+_TRITON_OPS = (
+    *("knn", "info_nce", "clip_loss", "siglip_loss", "supcon_loss", "nt_xent"),
+    *("sinkhorn_assignment", "swav_loss", "dino_loss", "ibot_loss"),
+)
 _TRITON_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
 

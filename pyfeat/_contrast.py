@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfeat import _contrast_cpu, _contrast_second
+from pyfeat import _contrast_cpu, _contrast_cuda, _contrast_second
 from pyfeat._contrast_cpu import kept_panels, sides_by_dim
 from pyfeat._pairs import Pairs, PairSums, WeightedSide
 
@@ -246,6 +246,9 @@ def _second_fake(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[
 torch.library.impl("pyfeat::pair_sums", "CPU", _contrast_cpu.forward)
 torch.library.impl("pyfeat::pair_sums_backward", "CPU", _contrast_cpu.backward)
 torch.library.impl("pyfeat::weighted_features", "CPU", _contrast_cpu.weighted)
+torch.library.impl("pyfeat::pair_sums", "CUDA", _contrast_cuda.forward)
+torch.library.impl("pyfeat::pair_sums_backward", "CUDA", _contrast_cuda.backward)
+torch.library.impl("pyfeat::weighted_features", "CUDA", _contrast_cuda.weighted)
 torch.library.register_fake("pyfeat::pair_sums", _forward_fake)
 torch.library.register_fake("pyfeat::pair_sums_backward", _backward_fake)
 torch.library.register_fake("pyfeat::weighted_features", _weighted_fake)

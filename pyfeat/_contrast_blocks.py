@@ -147,7 +147,7 @@ def sums(
     Raises:
         ValueError: If similarities could overflow.
     """
-    _check_range(a, b, scale)
+    check_range("pair_sums", a, b, scale)
     counts = (b.shape[0] if columns else 0, a.shape[0])  # by dim
     lse = [a.new_full((count,), -math.inf, dtype=torch.float64) for count in counts]
     positives = [torch.zeros_like(x) for x in lse]
@@ -203,7 +203,8 @@ def gradients(
     return (grad_a * scale).to(a.dtype), (grad_b * scale).to(b.dtype), grad_scale
 
 
-def _check_range(a: Tensor, b: Tensor, scale: Tensor) -> None:
+def check_range(op: str, a: Tensor, b: Tensor, scale: Tensor) -> None:
+    """Raise if similarities could overflow."""
     if a.numel() == 0 or b.numel() == 0:
         return
     lengths = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).amax() for x in (a, b)]
@@ -211,7 +212,7 @@ def _check_range(a: Tensor, b: Tensor, scale: Tensor) -> None:
     limit = 1e300 if a.dtype == torch.float64 else 1e36
     if not largest <= limit:
         message = (
-            f"pair_sums: scale |a| |b| must be at most {limit:.0e} for the longest rows, "
+            f"{op}: scale |a| |b| must be at most {limit:.0e} for the longest rows, "
             f"got {largest:.3g}"
         )
         raise ValueError(message)

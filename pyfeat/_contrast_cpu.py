@@ -118,8 +118,7 @@ def _products(
 
 def scale_gradient(a: Tensor, grad_a: Tensor, scale: Tensor) -> Tensor:
     """dL/dscale = <a, dL/da> / scale, at the price of one product of (L, D)."""
-    with _contrast_blocks.without_autocast(a):
-        products = torch.einsum("ld,ld->l", a.float(), grad_a)
+    products = (a.to(grad_a.dtype) * grad_a).sum(dim=1)  # no matrix product: that could be TF32
     gradient = products.sum(dtype=torch.float64) / scale.double()
     return gradient.to(scale.dtype)
 

@@ -17,12 +17,30 @@ from typing import Any
 import pytest
 import torch
 
+from pyfeat._pairs import Pairs, WeightedSide
+
 ARCHS = (80, 90)
 # Bytes of shared memory that one program may have.
 SHARED_MEMORY = {
     80: 99 << 10,
     90: 227 << 10,
 }  # 99 KB on consumer GPUs, which share the table of 8.0
+
+_SEARCH_KERNELS = {
+    "_group_scores_kernel",
+    "_mark_groups_kernel",
+    "_pack_memory_kernel",
+    "_pack_queries_kernel",
+    "_rank_marked_kernel",
+}
+_CONTRAST_KERNELS = {
+    "_add_product_kernel",
+    "_gradient_terms_kernel",
+    "_merge_sums_kernel",
+    "_pair_gradient_kernel",
+    "_pair_sums_kernel",
+    "_softplus_kernel",
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,13 +71,7 @@ def compiled(
 
 def test_every_kernel_compiles_without_spills(compiled: tuple[int, list[Kernel]]) -> None:
     arch, kernels = compiled
-    assert {kernel["name"] for kernel in kernels} == {
-        "_group_scores_kernel",
-        "_mark_groups_kernel",
-        "_pack_memory_kernel",
-        "_pack_queries_kernel",
-        "_rank_marked_kernel",
-    }
+    assert {kernel["name"] for kernel in kernels} == _SEARCH_KERNELS | _CONTRAST_KERNELS
     for kernel in kernels:
         assert kernel["spilled_bytes"] == 0, kernel
         assert kernel["shared_bytes"] <= SHARED_MEMORY[arch], kernel
@@ -77,19 +89,33 @@ def test_products_run_on_tensor_cores(compiled: tuple[int, list[Kernel]]) -> Non
     assert tiles == {16, 64, 128}
 
 
+@pytest.mark.parametrize("name", ["pair_sums", "pair_gradient", "softplus", "add_product"])
+def test_products_of_16_bits_run_on_tensor_cores_and_those_of_32_do_not(
+    name: str, compiled: tuple[int, list[Kernel]]
+) -> None:
+    arch, kernels = compiled
+    multiplying = [kernel for kernel in kernels if kernel["name"] == f"_{name}_kernel"]
+    assert {kernel["dtypes"][0] for kernel in multiplying} == {"*bf16", "*fp16", "*fp32"}
+    for kernel in multiplying:
+        instructions = kernel["instructions"]
+        used = instructions["wgmma" if arch == 90 else "mma.sync"]
+        assert (used > 0) == (kernel["dtypes"][0] != "*fp32"), kernel
+        assert instructions["tf32"] == 0, kernel
+
+
 def test_no_multiplication_is_fused_with_an_addition_in_float64(
     compiled: tuple[int, list[Kernel]],
 ) -> None:
     # A fused x * factor - q would not be 0 for a query that equals a row.
     for kernel in compiled[1]:
-        assert kernel["instructions"]["contracted"] == 0, kernel
+        if kernel["name"] in _SEARCH_KERNELS:
+            assert kernel["instructions"]["contracted"] == 0, kernel
 
 
-def _launches(arch: int) -> None:
-    """Run the launchers on what covers every tile, group size, metric, dtype and kind of mask."""
-    from pyfeat._triton import shortlist, similarity
+def _search_launches() -> None:
+    """What covers every tile, group size, metric, dtype and kind of mask."""
+    from pyfeat._triton import similarity
 
-    shortlist._major_capability = lambda device: arch // 10
     metrics = ("euclidean", "cosine", "inner_product")
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
     cases: list[tuple[int, int, int, int, str, torch.dtype, str]] = [
@@ -110,6 +136,42 @@ def _launches(arch: int) -> None:
             metric,
             allowed=torch.empty(shape, dtype=torch.bool, device="meta") if shape else None,
         )
+
+
+def _contrast_launches() -> None:
+    """What covers every tile and dtype, with all that may be said of pairs, and with nothing."""
+    from pyfeat._triton import contrast
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def pairs_of(kind: str, count: int) -> Pairs:
+        ids = empty(count, dtype=torch.int32)
+        return {
+            "none": Pairs(),
+            "clip": Pairs(None, ids, ids, separate_positives=True),
+            "itself": Pairs(None, ids, ids, ids, ids, only_positives=True),
+            "all": Pairs(empty(count, dtype=torch.float32), ids, ids, ids, ids, True, True),
+        }[kind]
+
+    cases = [(4096, 512, torch.bfloat16, kind) for kind in ("none", "clip", "itself", "all")]
+    cases += [(4096, 512, torch.float32, kind) for kind in ("clip", "all")]
+    cases += [(4096, 512, torch.float16, "clip"), (4096, 112, torch.bfloat16, "clip")]
+    cases += [(200, 512, torch.bfloat16, "all"), (200, 512, torch.float32, "clip")]
+    for count, dim, dtype, kind in cases:
+        features = empty(count, dim, dtype=dtype)
+        pairs, itself = pairs_of(kind, count), kind == "itself"
+        inputs = (features, features, empty(), pairs)
+        side = WeightedSide(*(empty(count) for _ in range(3)))
+        columns = kind in ("clip", "all")
+        contrast.pair_sums(*inputs, columns=columns, largest=kind == "all", itself=itself)
+        wanted = contrast.Wanted(True, not itself, itself)
+        contrast.pair_gradients(*inputs, side, side if columns else None, wanted)
+        if kind in ("none", "all"):
+            continue
+        for gradient in (False, True):
+            wanted = contrast.Wanted(gradient, gradient)
+            contrast.pair_softplus(*inputs[:3], empty(), pairs, (side.lse, side.lse), wanted)
 
 
 def _specialised(kernel: Any, values: dict[str, Any]) -> tuple[dict[str, str], Any, Any]:
@@ -162,6 +224,7 @@ def _compile(arch: int, kernel: Any, values: dict[str, Any], options: dict[str, 
         "instructions": {
             "mma.sync": ptx.count("mma.sync"),
             "wgmma": ptx.count("wgmma.mma_async"),
+            "tf32": ptx.count("tf32"),
             "contracted": ptx.count("fma.rn.f64"),
         },
     }
@@ -170,6 +233,8 @@ def _compile(arch: int, kernel: Any, values: dict[str, Any], options: dict[str, 
 def _compile_all(arch: int) -> None:
     """Print one line of JSON for each kernel that some launch asks for."""
     from triton.runtime.jit import JITFunction
+
+    from pyfeat._triton import tiles
 
     recorded: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {}
 
@@ -181,7 +246,9 @@ def _compile_all(arch: int) -> None:
         recorded.setdefault(key, (self, values, options))
 
     JITFunction.run = record
-    _launches(arch)
+    tiles._major_capability = lambda device: arch // 10
+    _search_launches()
+    _contrast_launches()
     for kernel, values, options in recorded.values():
         sys.stdout.write(json.dumps(_compile(arch, kernel, values, options)) + "\n")
 

@@ -9,14 +9,13 @@ bound over groups is one for the k-th nearest row, as each group has at least on
 lower bound exceeds it holds none of the k nearest.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pyfeat._triton.pack import TILE, PackedMemory, PackedQueries
+from pyfeat._triton.tiles import TileConfig, has_large_shared_memory, swizzled
 
 # Factor on the error bounds, for the float32 arithmetic on them.
 _SPARE = 1.0 + 2.0**-20
@@ -31,19 +30,9 @@ MARK_BITS = tl.constexpr(32)
 _MARK_QUERIES = 4
 
 
-class TileConfig(NamedTuple):
-    """How the product is cut into tiles."""
-
-    block_q: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
 # By compute capability, then by the number of queries: the smallest tile that holds them all, else
 # the last. Large tiles because the second-level cache feeds about 6 TB/s, 1/10 of what the tensor
-# cores of an H100 would take with tiles of 64 x 64. A stage is (block_q + block_n) block_k 2 bytes of
+# cores of an H100 would take with tiles of 64 x 64. A stage is (block_m + block_n) block_k 2 bytes of
 # shared memory: 99 KB suffices for the first table, 144 KB for the second.
 _TILES_SM80 = (
     TileConfig(16, 128, 64, num_warps=4, num_stages=4),
@@ -64,14 +53,9 @@ QUERY_MULTIPLE = 128
 
 def choose_tile(num_queries: int, device: torch.device, *, masked: bool) -> TileConfig:
     """The tile for a product with ``num_queries`` queries."""
-    # Consumer GPUs (8.6, 8.9, 12.0) have the shared memory of the first table; and a tile of the
-    # mask would not fit the registers beside a large tile of products.
-    tiles = TILES[90 if _major_capability(device) in (9, 10) and not masked else 80]
-    return next((tile for tile in tiles if num_queries <= tile.block_q), tiles[-1])
-
-
-def _major_capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    # A tile of the mask would not fit the registers beside a large tile of products.
+    tiles = TILES[90 if has_large_shared_memory(device) and not masked else 80]
+    return next((tile for tile in tiles if num_queries <= tile.block_m), tiles[-1])
 
 
 def mark_words(num_groups: int) -> int:
@@ -89,7 +73,7 @@ def group_scores(
     num_queries, num_groups = scores.shape
     num_slots, width = memory.values.shape
     tile = choose_tile(num_queries, scores.device, masked=allowed is not None)
-    grid = (triton.cdiv(num_queries, tile.block_q) * (num_slots // tile.block_n),)
+    grid = (triton.cdiv(num_queries, tile.block_m) * (num_slots // tile.block_n),)
     _group_scores_kernel[grid](
         queries.values,
         memory.values,
@@ -106,7 +90,7 @@ def group_scores(
         width,
         MASKED=allowed is not None,
         GROUP=memory.group_rows,
-        BLOCK_Q=tile.block_q,
+        BLOCK_Q=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
@@ -154,16 +138,6 @@ def mark_groups(
     )
 
 
-@triton.jit
-def _swizzled(program, num_query_blocks, num_row_blocks, SWEEP: tl.constexpr):
-    """Sweep SWEEP blocks of queries over the memory, then the next: both stay in the cache."""
-    per_sweep = SWEEP * num_row_blocks
-    first = program // per_sweep * SWEEP
-    height = tl.minimum(num_query_blocks - first, SWEEP)
-    within = program % per_sweep
-    return first + within % height, within // height
-
-
 @triton.jit(do_not_specialize=["first_row", "end_row", "num_queries"])
 def _group_scores_kernel(
     queries,  # [query slots, width]
@@ -185,7 +159,7 @@ def _group_scores_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    query_block, row_block = _swizzled(
+    query_block, row_block = swizzled(
         tl.program_id(0), tl.cdiv(num_queries, BLOCK_Q), num_slots // BLOCK_N, 16
     )
     query = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)

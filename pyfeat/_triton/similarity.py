@@ -34,6 +34,7 @@ from pyfeat._triton.shortlist import (
     mark_groups,
     mark_words,
 )
+from pyfeat._triton.tiles import even_chunk
 
 # A block of rows this wide still fits the workspace.
 MAX_DIM = 1 << 17
@@ -122,17 +123,10 @@ def _plan(num_queries: int, num_rows: int, dim: int, *, group_rows: int) -> _Chu
     else:
         most_rows = min(most_rows, _SCORE_BYTES // (4 * most_queries) * group_rows)
     return _Chunks(
-        _even_chunk(num_queries, most_queries, QUERY_MULTIPLE),
-        _even_chunk(num_rows, most_rows, ROW_MULTIPLE),
+        even_chunk(num_queries, most_queries, QUERY_MULTIPLE),
+        even_chunk(num_rows, most_rows, ROW_MULTIPLE),
         group_rows,
     )
-
-
-def _even_chunk(total: int, largest: int, multiple: int) -> int:
-    """As even as can be, in multiples of ``multiple``, none above ``largest`` if that is not less."""
-    largest = max(largest // multiple * multiple, multiple)
-    count = -(-total // largest)
-    return -(-total // (count * multiple)) * multiple
 
 
 class _Search:

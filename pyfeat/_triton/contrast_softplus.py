@@ -1,0 +1,360 @@
+"""Sums of softplus over all pairs, and the products of its gradient with features.
+
+The gradient by a similarity needs no sum over others: one pass gives the sums and both products, three
+products of matrices in all.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyfeat._triton.contrast_products import Block, Wanted, products_of_blocks, store_gradient
+from pyfeat._triton.contrast_sums import chunk_shape
+from pyfeat._triton.contrast_tiles import (
+    LOG2_E,
+    AllPairs,
+    gradient_tile,
+    halves,
+    similarities,
+    tile_products,
+    which_count,
+)
+from pyfeat._triton.tiles import SWEEP, TileConfig, swizzled
+
+
+def softplus_sums(problem: AllPairs, bias: Tensor) -> Tensor:
+    """Sums (3, L) float64 of ``softplus(S + bias)``, of S over positives, and of ``sigmoid(S + bias)``.
+
+    Args:
+        problem: The pairs.
+        bias: () float.
+    """
+    num_rows, num_columns = problem.num_rows, problem.num_columns
+    sums = torch.zeros((3, num_rows), dtype=torch.float64, device=problem.a.device)
+    tile = gradient_tile(num_rows, num_columns, problem.a)
+    height, width = chunk_shape(num_rows, num_columns, tile)
+    for first_row in range(0, num_rows, height):
+        rows = slice(first_row, first_row + height)
+        for first_column in range(0, num_columns, width):
+            block = problem.block(rows, slice(first_column, first_column + width))
+            _add_block(block, tile, bias, sums[:, rows], None, None)
+    return sums
+
+
+def softplus_products(
+    problem: AllPairs,
+    bias: Tensor,
+    weights: Tensor,
+    a_values: Tensor,
+    b_values: Tensor,
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums as of ``softplus_sums``, and products of G with features.
+
+    Args:
+        problem: The pairs.
+        bias: () float.
+        weights: (2, L) float32: ``G_ij = weights_0i sigmoid(S_ij + bias)``, plus ``weights_1i`` where ij is
+            positive.
+        a_values: (L, E), features or others in their place.
+        b_values: (S, F).
+        wanted: Which products are.
+
+    Returns:
+        The sums, ``G b_values`` (L, F) and ``G.T a_values`` (S, E), float32, without rows if not wanted.
+    """
+    sums = torch.zeros((3, problem.num_rows), dtype=torch.float64, device=problem.a.device)
+
+    def write(block: Block) -> None:
+        part = weights[:, block.rows]
+        _add_block(block.pairs, block.tile, bias, sums[:, block.rows], part, block.gradient)
+
+    return (sums, *products_of_blocks(problem, write, a_values, b_values, wanted))
+
+
+def _add_block(
+    block: AllPairs,
+    tile: TileConfig,
+    bias: Tensor,
+    sums: Tensor,
+    weights: Tensor | None,
+    gradient: Tensor | None,
+) -> None:
+    """Add the pairs of a block to the sums (3, l) of its rows, and write their gradient."""
+    column_tiles = triton.cdiv(block.num_columns, tile.block_n)
+    parts = block.a.new_empty((3, column_tiles, block.num_rows), dtype=torch.float32)
+    _softplus_kernel[(tile.num_tiles(block.num_rows, block.num_columns),)](
+        *block.arguments(),
+        bias,
+        parts,
+        parts if weights is None else weights,
+        0 if weights is None else weights.stride(0),
+        parts if gradient is None else gradient,
+        0 if gradient is None else gradient.stride(0),
+        GRADIENT=gradient is not None,
+        **block.constants(tile),
+    )
+    sums.add_(parts.sum(dim=1, dtype=torch.float64))
+
+
+@triton.jit
+def _log1p(t):
+    """log(1 + t) for 0 <= t <= 1 without a loss of digits near 0."""
+    # 2 artanh(s) with s = t / (2 + t) <= 1 / 3: what the series leaves out is s^14 / 15 < 2^-25 of it. The
+    # GPU's own logarithm has an absolute error near 1.
+    s = t / (2.0 + t)
+    u = s * s
+    series = tl.fma(u, 1.0 / 13.0, 1.0 / 11.0)
+    series = tl.fma(u, series, 1.0 / 9.0)
+    series = tl.fma(u, series, 1.0 / 7.0)
+    series = tl.fma(u, series, 1.0 / 5.0)
+    series = tl.fma(u, series, 1.0 / 3.0)
+    return 2.0 * tl.fma(s * u, series, s)
+
+
+@triton.jit
+def _quarter(
+    products,  # [rows, columns]
+    row,
+    column,
+    scale,
+    column_bias,
+    row_ids,
+    column_ids,
+    row_groups,
+    column_groups,
+    num_rows,
+    num_columns,
+    bias,
+    weights,
+    weight_plane,
+    gradient,
+    gradient_stride,
+    GRADIENT: tl.constexpr,
+    BIAS: tl.constexpr,
+    IDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEEP_POSITIVES: tl.constexpr,
+):
+    """Sums over these columns of a tile, of every row; stores their gradient if GRADIENT."""
+    similarity = similarities(products, column, 1.0, scale, column_bias, num_columns, BIAS)
+    counted, positive = which_count(
+        row,
+        column,
+        row_ids,
+        column_ids,
+        row_groups,
+        column_groups,
+        num_rows,
+        num_columns,
+        IDS,
+        GROUPS,
+        KEEP_POSITIVES,
+    )
+    z = similarity + tl.load(bias).to(tl.float32)
+    t = tl.exp2(-tl.abs(z) * LOG2_E)
+    softplus = tl.where(counted, tl.maximum(z, 0.0) + _log1p(t), 0.0)
+    larger = 1.0 / (1.0 + t)  # of sigmoid(z) and 1 - sigmoid(z)
+    smaller = t * larger
+    sigmoid = tl.where(counted, tl.where(z >= 0, larger, smaller), 0.0)
+    if GRADIENT:
+        live = row < num_rows
+        weight = tl.load(weights + row, mask=live, other=0.0)[:, None]
+        value = weight * sigmoid
+        if IDS:
+            # w sigmoid + p as (w + p) sigmoid + p (1 - sigmoid), which has its digits where p = -w.
+            pulled = tl.load(weights + weight_plane + row, mask=live, other=0.0)[:, None]
+            rest = tl.where(z >= 0, smaller, larger)
+            value = tl.where(positive, tl.fma(weight + pulled, sigmoid, pulled * rest), value)
+        store_gradient(value, row, column, gradient, gradient_stride)
+    return (
+        tl.sum(softplus, axis=1),
+        tl.sum(tl.where(positive, similarity, 0.0), axis=1),
+        tl.sum(sigmoid, axis=1),
+    )
+
+
+@triton.jit
+def _half(
+    products,  # [rows, columns]
+    row,
+    first,  # of the columns
+    scale,
+    column_bias,
+    row_ids,
+    column_ids,
+    row_groups,
+    column_groups,
+    num_rows,
+    num_columns,
+    bias,
+    weights,
+    weight_plane,
+    gradient,
+    gradient_stride,
+    GRADIENT: tl.constexpr,
+    BIAS: tl.constexpr,
+    IDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEEP_POSITIVES: tl.constexpr,
+):
+    """The same of two quarters."""
+    left, right = halves(products)
+    softplus, positives, sigmoids = _quarter(
+        left,
+        row,
+        first + tl.arange(0, left.shape[1]),
+        scale,
+        column_bias,
+        row_ids,
+        column_ids,
+        row_groups,
+        column_groups,
+        num_rows,
+        num_columns,
+        bias,
+        weights,
+        weight_plane,
+        gradient,
+        gradient_stride,
+        GRADIENT,
+        BIAS,
+        IDS,
+        GROUPS,
+        KEEP_POSITIVES,
+    )
+    sums = _quarter(
+        right,
+        row,
+        first + left.shape[1] + tl.arange(0, left.shape[1]),
+        scale,
+        column_bias,
+        row_ids,
+        column_ids,
+        row_groups,
+        column_groups,
+        num_rows,
+        num_columns,
+        bias,
+        weights,
+        weight_plane,
+        gradient,
+        gradient_stride,
+        GRADIENT,
+        BIAS,
+        IDS,
+        GROUPS,
+        KEEP_POSITIVES,
+    )
+    return softplus + sums[0], positives + sums[1], sigmoids + sums[2]
+
+
+# One program for each tile of BLOCK_M rows and BLOCK_N columns. Bound by the product, 2 D operations for
+# each pair; beside it come an exponential and two divisions.
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
+def _softplus_kernel(
+    a,
+    a_stride,
+    b,
+    b_stride,
+    scale,
+    column_bias,
+    row_ids,
+    column_ids,
+    row_groups,
+    column_groups,
+    num_rows,
+    num_columns,
+    dim,
+    bias,  # []
+    parts,  # [3, column tiles, L] float32: sums of softplus, over positives, of sigmoids
+    weights,  # [2, L] float32 if GRADIENT
+    weight_plane,
+    gradient,  # [L, S] float32, float16 or bfloat16 if GRADIENT
+    gradient_stride,
+    GRADIENT: tl.constexpr,
+    BIAS: tl.constexpr,
+    IDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEEP_POSITIVES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    column_tiles = tl.cdiv(num_columns, BLOCK_N)
+    row_tile, column_tile = swizzled(
+        tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), column_tiles, SWEEP
+    )
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    products = tile_products(
+        row,
+        column,
+        a,
+        a_stride,
+        b,
+        b_stride,
+        num_rows,
+        num_columns,
+        dim,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    left, right = halves(products)
+    first = column_tile * BLOCK_N
+    softplus, positives, sigmoids = _half(
+        left,
+        row,
+        first,
+        scale,
+        column_bias,
+        row_ids,
+        column_ids,
+        row_groups,
+        column_groups,
+        num_rows,
+        num_columns,
+        bias,
+        weights,
+        weight_plane,
+        gradient,
+        gradient_stride,
+        GRADIENT,
+        BIAS,
+        IDS,
+        GROUPS,
+        KEEP_POSITIVES,
+    )
+    sums = _half(
+        right,
+        row,
+        first + BLOCK_N // 2,
+        scale,
+        column_bias,
+        row_ids,
+        column_ids,
+        row_groups,
+        column_groups,
+        num_rows,
+        num_columns,
+        bias,
+        weights,
+        weight_plane,
+        gradient,
+        gradient_stride,
+        GRADIENT,
+        BIAS,
+        IDS,
+        GROUPS,
+        KEEP_POSITIVES,
+    )
+    at = parts + column_tile * num_rows + row
+    plane = column_tiles * num_rows
+    live = row < num_rows
+    tl.store(at, softplus + sums[0], mask=live)
+    tl.store(at + plane, positives + sums[1], mask=live)
+    tl.store(at + 2 * plane, sigmoids + sums[2], mask=live)
