@@ -175,6 +175,7 @@ def as_features(gradient: Tensor, features: Tensor) -> Tensor:
 
 def refuse_third(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
     message = (
-        "pair_sums: derivatives must be of order 1 or 2, got a third; backend='reference' has all"
+        "sums over pairs: derivatives must be of order 1 or 2, got a third; "
+        "backend='reference' has all"
     )
     raise NotImplementedError(message)

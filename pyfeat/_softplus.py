@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfeat import _C
+from pyfeat import _C, _contrast_cuda, _contrast_second, _softplus_blocks
 from pyfeat._checks import as_matrix, with_contiguous_rows
+from pyfeat._contrast_blocks import product_dtype
 from pyfeat._contrast_cpu import KeptPairs, scale_gradient
 from pyfeat._pairs import Pairs
 
@@ -37,13 +38,19 @@ torch.library.define(
     " Tensor grad_softplus, Tensor grad_positives, Tensor unit_a, Tensor unit_b,"
     " bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+torch.library.define(
+    "pyfeat::pair_softplus_second",
+    f"(Tensor a, Tensor b, Tensor scale, Tensor bias, {_IDS_SCHEMA}, Tensor grad_softplus,"
+    " Tensor grad_positives, Tensor by_grad_a, Tensor by_grad_b, Tensor by_grad_scale,"
+    " Tensor by_grad_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 def pair_softplus(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs) -> SoftplusSums:
     """Row sums of ``softplus(S + bias)``, ``S = scale * a @ b.T``; differentiable.
 
     Args:
-        a: (L, D) float32, float16 or bfloat16, finite.
+        a: (L, D) float32, float64, float16 or bfloat16, finite.
         b: (S, D), dtype and device of ``a``.
         scale: () float, positive.
         bias: () float.
@@ -98,15 +105,24 @@ def _run_cpu(
     return softplus, positives, sigmoids, by_a, by_b
 
 
-def _forward_cpu(
+def _run(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ids: tuple[Any, ...], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if a.dtype == torch.float64:
+        return _softplus_blocks.sums(a, b, scale, bias, Pairs(None, *ids), *arguments)
+    run = _contrast_cuda.softplus if a.is_cuda else _run_cpu
+    return run(a, b, scale, bias, ids, *arguments)
+
+
+def _run_forward(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *ids, gradient_a, gradient_b = arguments
-    ones = torch.ones(len(a), dtype=torch.float64)
-    return _run_cpu(a, b, scale, bias, tuple(ids), (ones, -ones), (gradient_a, gradient_b))
+    ones = torch.ones(len(a), dtype=torch.float64, device=a.device)
+    return _run(a, b, scale, bias, tuple(ids), (ones, -ones), (gradient_a, gradient_b))
 
 
-def _backward_cpu(
+def _run_backward(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *ids, sigmoids, grad_softplus, grad_positives, unit_a, unit_b, need_a, need_b = arguments
@@ -115,9 +131,9 @@ def _backward_cpu(
     first = weights[0][:1]
     made = len(unit_a) == len(a) or not need_a, len(unit_b) == len(b) or not need_b
     if all(made) and bool(((weights[0] == first) & (weights[1] == -first)).all()):
-        by_a, by_b = (unit * first.sum().float() for unit in (unit_a, unit_b))
+        by_a, by_b = (unit * first.sum().to(unit.dtype) for unit in (unit_a, unit_b))
     else:
-        *_, by_a, by_b = _run_cpu(a, b, scale, bias, tuple(ids), weights, (need_a, need_b))
+        *_, by_a, by_b = _run(a, b, scale, bias, tuple(ids), weights, (need_a, need_b))
     grad_scale = scale_gradient(*((a, by_a) if need_a else (b, by_b)), scale)
     grad_bias = (weights[0] @ sigmoids).to(bias.dtype)
     return by_a.to(a.dtype), by_b.to(b.dtype), grad_scale, grad_bias
@@ -129,7 +145,7 @@ def _forward_fake(
     *_, gradient_a, gradient_b = arguments
     sums = [a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(3)]
     counts = a.shape[0] if gradient_a else 0, b.shape[0] if gradient_b else 0
-    return (*sums, *(a.new_empty(n, a.shape[1], dtype=torch.float32) for n in counts))
+    return (*sums, *(a.new_empty(n, a.shape[1], dtype=product_dtype(a)) for n in counts))
 
 
 def _backward_fake(
@@ -143,6 +159,23 @@ def _backward_fake(
         scale.new_empty(()),
         bias.new_empty(()),
     )
+
+
+def _second(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *ids, grad_softplus, grad_positives = arguments[:-4]
+    weights = grad_softplus.double(), grad_positives.double()
+    return _softplus_blocks.second_gradients(
+        a, b, scale, bias, Pairs(None, *ids), weights, arguments[-4:]
+    )
+
+
+def _second_fake(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    vectors = [a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(2)]
+    return (*(x.new_empty(x.shape) for x in (a, b, scale, bias)), *vectors)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -170,10 +203,35 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.impl("pyfeat::pair_softplus", "CPU", _forward_cpu)
-torch.library.impl("pyfeat::pair_softplus_backward", "CPU", _backward_cpu)
+def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # Sigmoids and unit gradients are made of the others.
+    _contrast_second.keep(ctx, [*inputs[:9], *inputs[10:12]])
+
+
+def _backward_twice(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = _contrast_second.kept(ctx)
+    of_features = (
+        _contrast_second.as_features(gradient, features)
+        for gradient, features in zip(by[:2], inputs[:2], strict=True)
+    )
+    *gradients, of_softplus, of_positives = torch.ops.pyfeat.pair_softplus_second(
+        *inputs, *of_features, *by[2:]
+    )
+    ids: list[None] = [None] * 5
+    return (*gradients, *ids, None, of_softplus, of_positives, None, None, None, None)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("pyfeat::pair_softplus", _device, _run_forward)
+    torch.library.impl("pyfeat::pair_softplus_backward", _device, _run_backward)
 torch.library.register_fake("pyfeat::pair_softplus", _forward_fake)
 torch.library.register_fake("pyfeat::pair_softplus_backward", _backward_fake)
 torch.library.register_autograd(
     "pyfeat::pair_softplus", _backward, setup_context=_keep_for_backward
 )
+torch.library.impl("pyfeat::pair_softplus_second", "default", _second)
+torch.library.register_fake("pyfeat::pair_softplus_second", _second_fake)
+torch.library.register_autograd(
+    "pyfeat::pair_softplus_backward", _backward_twice, setup_context=_keep_for_second
+)
+torch.library.register_autograd("pyfeat::pair_softplus_second", _contrast_second.refuse_third)

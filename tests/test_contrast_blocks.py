@@ -4,18 +4,17 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfeat import _contrast, _contrast_blocks, reference
 from pyfeat._contrast import Pairs, pair_sums
 from pyfeat._contrast_blocks import Side
 from pyfeat._contrast_second import second_gradients
 from pyfeat.losses import clip_loss, info_nce, nt_xent, supcon_loss
+from tests.support_losses import LargestTensor
 
 # The last are off the block of 1,024 rows and columns, or meet blocks of other shapes.
 SIZES = [(1, 1), (3, 5), (40, 7), (0, 4), (4, 0), (1030, 3), (3, 1100)]
@@ -163,21 +162,6 @@ def test_similarities_that_would_overflow_are_refused(dtype: torch.dtype, limit:
     message = f"pair_sums: scale |a| |b| must be at most {limit} for the longest rows, got 4e+"
     with pytest.raises(ValueError, match=re.escape(message)):
         _contrast_blocks.sums(a, a, scale, Pairs(), columns=True, largest=False)
-
-
-class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Elements of the largest tensor that an operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return found
 
 
 def test_no_tensor_of_all_pairs_exists() -> None:
