@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyfeat import _contrast_blocks
 from pyfeat._contrast import Pairs, pair_sums
-from pyfeat.losses import clip_loss, info_nce, nt_xent, supcon_loss
+from pyfeat.losses import clip_loss, info_nce, koleo, nt_xent, supcon_loss, swav_loss
 from tests.support_losses import eager_clip, eager_info_nce, eager_nt_xent, eager_supcon
 
 SIZES = [(1, 5), (3, 4), (33, 64)]
@@ -154,6 +154,17 @@ OPTIONS: dict[str, Loss] = {
         q, k, 7.0, image_ids=torch.arange(40) // 2, text_ids=torch.arange(40) // 4, **o
     ),
     "labels": lambda q, k, **o: supcon_loss(torch.cat([q, k]), torch.arange(80) % 13, **o),
+    "average inside": lambda q, k, **o: supcon_loss(
+        torch.cat([q, k]), torch.arange(80) % 13, average="in", **o
+    ),
+    "spread targets": lambda q, k, **o: info_nce(
+        q, k, targets=torch.eye(40, dtype=q.dtype).roll(3, 0) * 0.7 + 0.01, symmetric=True, **o
+    ),
+    "hard negatives": lambda q, k, **o: nt_xent(
+        q, k, hard_negative_beta=0.5, positive_prior=0.1, **o
+    ),
+    "prototypes": lambda q, k, **o: swav_loss([q, q.flip(1)], k[:12], **o),
+    "nearest": lambda q, k, **o: koleo(torch.cat([q, k]), **o),
     "same features": lambda q, k, **o: clip_loss(q, q, 5.0, **o) + info_nce(q, k, **o),
 }
 
