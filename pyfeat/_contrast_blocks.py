@@ -77,8 +77,23 @@ class Block(NamedTuple):
         return self.at_positives(weights)
 
 
-def product_dtype(features: Tensor) -> torch.dtype:
+def wide_dtype(features: Tensor) -> torch.dtype:
+    """Theirs, float32 at least."""
     return torch.promote_types(features.dtype, torch.float32)
+
+
+def product_dtype(features: Tensor) -> torch.dtype:
+    """Float64 where torch may round float32 to fewer digits before it multiplies, as TF32 does."""
+    kept = _multiplies_float32(features.device)
+    return torch.promote_types(features.dtype, torch.float32 if kept else torch.float64)
+
+
+def _multiplies_float32(device: torch.device) -> bool:
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:  # torch < 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return precision in ("none", "ieee")
 
 
 def without_autocast(features: Tensor) -> AbstractContextManager[None]:

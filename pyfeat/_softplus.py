@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyfeat import _C, _contrast_cuda, _contrast_second, _softplus_blocks
 from pyfeat._checks import as_matrix, with_contiguous_rows
-from pyfeat._contrast_blocks import product_dtype
+from pyfeat._contrast_blocks import wide_dtype
 from pyfeat._contrast_cpu import KeptPairs, scale_gradient
 from pyfeat._pairs import Pairs
 
@@ -145,7 +145,7 @@ def _forward_fake(
     *_, gradient_a, gradient_b = arguments
     sums = [a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(3)]
     counts = a.shape[0] if gradient_a else 0, b.shape[0] if gradient_b else 0
-    return (*sums, *(a.new_empty(n, a.shape[1], dtype=product_dtype(a)) for n in counts))
+    return (*sums, *(a.new_empty(n, a.shape[1], dtype=wide_dtype(a)) for n in counts))
 
 
 def _backward_fake(

@@ -155,6 +155,18 @@ def test_strided_float64_features_are_read_as_they_are() -> None:
     assert clip_loss(wide, wide.flip(0), 0.3) == expected
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32_is_not_multiplied_with_fewer_digits(precision: str) -> None:
+    features = torch.randn(2, 2)
+    assert _contrast_blocks.product_dtype(features) == torch.float32
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert _contrast_blocks.product_dtype(features) == torch.float64
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert _contrast_blocks.product_dtype(features) == torch.float32
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, "1e+300"), (torch.float32, "1e+36")])
 def test_similarities_that_would_overflow_are_refused(dtype: torch.dtype, limit: str) -> None:
     a = torch.full((3, 1), 2e6, dtype=dtype)
