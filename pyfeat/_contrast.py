@@ -99,7 +99,7 @@ def pair_sums(
     columns: bool = True,
     largest: bool = False,
 ) -> PairSums:
-    """Sums over the rows and columns of ``S = scale * a @ b.T + column_bias``; differentiable.
+    """Sums over the rows and columns of ``S = scale * a @ b.T + column_bias``; differentiable twice.
 
     Where ``b`` is ``a``, and so are ids and groups of columns those of rows, rows take half of the
     products.

@@ -47,7 +47,7 @@ torch.library.define(
 
 
 def pair_softplus(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs) -> SoftplusSums:
-    """Row sums of ``softplus(S + bias)``, ``S = scale * a @ b.T``; differentiable.
+    """Row sums of ``softplus(S + bias)``, ``S = scale * a @ b.T``; differentiable twice.
 
     Args:
         a: (L, D) float32, float64, float16 or bfloat16, finite.
