@@ -10,10 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyfeat import _contrast_cuda
+from pyfeat._pairs import Pairs
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is missing", allow_module_level=True)
 
+# Largest relative error of a number that is rounded to the dtype.
+UNITS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METRICS = ("euclidean", "sqeuclidean", "cosine", "inner_product")
 
@@ -25,6 +31,7 @@ def _import_interpreted() -> None:
         similarity = importlib.import_module("pyfeat._triton.similarity")
         interpreter = importlib.import_module("triton.runtime.interpreter")
         standard = importlib.import_module("triton.language.standard")
+        importlib.import_module("pyfeat._triton.contrast")
         similarity.knn(torch.zeros(1, 1), torch.zeros(1, 1), 1, "euclidean")  # imports the rest
     if not isinstance(standard.cdiv, interpreter.InterpretedFunction):
         message = f"triton was imported before {__name__}, which {similarity.__name__} needs first"
@@ -51,6 +58,10 @@ frame: Any = importlib.import_module("pyfeat._triton.frame")
 pack: Any = importlib.import_module("pyfeat._triton.pack")
 shortlist: Any = importlib.import_module("pyfeat._triton.shortlist")
 rank: Any = importlib.import_module("pyfeat._triton.rank")
+contrast: Any = importlib.import_module("pyfeat._triton.contrast")
+contrast_products: Any = importlib.import_module("pyfeat._triton.contrast_products")
+contrast_sums: Any = importlib.import_module("pyfeat._triton.contrast_sums")
+contrast_tiles: Any = importlib.import_module("pyfeat._triton.contrast_tiles")
 
 
 def triton_knn(
@@ -65,3 +76,37 @@ def triton_knn(
         allowed=None if allowed is None else allowed.to(DEVICE),
     )
     return distances.cpu(), indices.cpu()
+
+
+def moved(pairs: Pairs) -> Pairs:
+    """To DEVICE; what is one tensor stays one."""
+    tensors = {id(x): x.to(DEVICE) for x in pairs[:5] if isinstance(x, Tensor)}
+    return Pairs(*(tensors.get(id(x), x) for x in pairs))  # type: ignore[arg-type]
+
+
+def masks_of(pairs: Pairs, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Which pairs are positive, and which are left out, (L, S) each."""
+    positive = left_out = torch.zeros((num_rows, num_columns), dtype=torch.bool)
+    if pairs.row_ids is not None and pairs.column_ids is not None:
+        positive = pairs.row_ids[:, None] == pairs.column_ids
+    if pairs.row_groups is not None and pairs.column_groups is not None:
+        left_out = pairs.row_groups[:, None] == pairs.column_groups
+    left_out = left_out & ~(positive & pairs.keep_positives)
+    return positive & ~left_out, left_out
+
+
+class TritonOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs the ops over all pairs as on a GPU, on tensors of any device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        launchers = {
+            torch.ops.pyfeat.pair_sums.default: _contrast_cuda.forward,
+            torch.ops.pyfeat.pair_sums_backward.default: _contrast_cuda.backward,
+            torch.ops.pyfeat.weighted_features.default: _contrast_cuda.weighted,
+        }
+        return launchers.get(func, func)(*args, **(kwargs or {}))

@@ -2,13 +2,15 @@
 
 ``contrast_sums.py`` computes tiles of similarities, of which only sums over rows and columns remain;
 ``contrast_gradient.py`` computes them again for the gradients, which ``contrast_products.py`` multiplies
-with the features, a block of pairs at a time. ``contrast_tiles.py`` is what all of them begin with.
+with the features, a block of pairs at a time. ``contrast_softplus.py`` does both at once for losses that
+need no sums beforehand. ``contrast_tiles.py`` is what all of them begin with.
 
-Cost of 65,536 x 65,536 x 768 in bfloat16, rows and columns, on an H100 (989 TFLOP/s, 3.35 TB/s): a product
-of 6.6 TFLOP forward and three backward, 26.4 TFLOP or 27 ms at the peak and 38 ms at the 70 % of it that
-libraries reach. The four exponentials of each pair take 5 ms of another unit. The parts of the sums are
-0.6 GB, the gradient by the similarities 26 GB that mostly stay in the second-level cache, the sums of
-the gradients 13 GB, 4 ms.
+Cost of 65,536 x 65,536 x 768 in bfloat16, rows and columns, on an H100 (989 TFLOP/s, 3.35 TB/s, about 6 TB/s
+from its second-level cache), by arithmetic: a product of 6.6 TFLOP forward and three backward. Two of
+them arise in tiles of 128 x 128, which read 1/64 byte an operation: the cache allows 380 TFLOP/s, 35 ms. Two
+are the library's, 19 ms at 70 % of the peak. Four exponentials of each pair take 5 ms of another unit.
+Parts of sums are 0.8 GB; the gradient by the similarities, 26 GB, stays in the cache for the most part;
+the sums of the gradients are 13 GB, 4 ms.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -83,8 +85,8 @@ def pair_gradients(
         wanted: Which gradients are; the others are (0, D).
 
     Precision: products are summed in float32, the gradient by ``scale`` in float64 across tiles. For
-    features of 16 bits the gradient by a similarity is rounded to their dtype, u = 2^-9 for bfloat16 and
-    2^-12 for float16, before it is multiplied with features: an error of at most u times the sum of
+    features of 16 bits the gradient by a similarity is rounded to their dtype, u = 2^-8 for bfloat16 and
+    2^-11 for float16, before it is multiplied with features: an error of at most u times the sum of
     magnitudes of what is added up. The gradient by ``scale`` takes it before. Bit-identical between
     runs; for features of 16 bits as far as the library is (see ``contrast_products.py``).
     Memory: float32 gradients and a workspace of at most 64 MB.

@@ -117,7 +117,7 @@ def _block_shape(num_rows: int, num_columns: int, *, square: bool) -> tuple[int,
 def _add_product(out: Tensor, gradient: Tensor, values: Tensor) -> None:
     """Add ``gradient @ values`` to ``out`` (rows, F) float32; the gradient is a view of whole tiles."""
     if _library_adds(gradient):
-        with torch.autocast(gradient.device.type, enabled=False):
+        with torch.autocast("cuda", enabled=False):
             torch.addmm(out, gradient, values, out_dtype=torch.float32, out=out)
         return
     num_rows, dim = out.shape

@@ -159,7 +159,7 @@ def _store_parts(
     line,
     num_tiles,
     num_lines,
-    stored,
+    end_line,  # of those that are stored
     exponents,
     positives,
     others,
@@ -170,7 +170,7 @@ def _store_parts(
     """What a tile leaves behind for the lines across AXIS."""
     at = parts + tile * num_lines + line
     plane = num_tiles * num_lines
-    inside = (line < num_lines) & stored
+    inside = line < end_line
     top = tl.max(exponents, axis=AXIS)
     # Relative to 0 where nothing counts: the sum is 0.
     shift = tl.expand_dims(tl.where(top == float("-inf"), 0.0, top), AXIS)
@@ -184,11 +184,9 @@ def _store_parts(
 
 @triton.jit
 def _triangular(place):
-    """Row and column, row <= column, of a place in the order of columns."""
-    column = ((tl.sqrt(8.0 * place + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The root may have been rounded to the other side of a whole number.
-    column -= (column * (column + 1) // 2 > place).to(tl.int32)
-    column += ((column + 1) * (column + 2) // 2 <= place).to(tl.int32)
+    """Row and column, row <= column, of a place below 2^20 in the order of columns."""
+    # 8 place + 1 is a float32 number, and its root rounded right is whole where that is a square.
+    column = ((tl.sqrt_rn(8.0 * place + 1.0) - 1.0) * 0.5).to(tl.int32)
     return place - column * (column + 1) // 2, column
 
 
@@ -272,7 +270,7 @@ def _pair_sums_kernel(
         row,
         column_tiles,
         num_rows,
-        True,
+        num_rows,
         exponents,
         positives,
         others,
@@ -281,15 +279,17 @@ def _pair_sums_kernel(
         LARGEST,
     )
     if COLUMNS:
-        # A tile on the diagonal has each pair of rows twice already.
-        stored = row_tile != column_tile if ON_DIAGONAL else True
+        end_column = num_columns
+        # A tile on the diagonal has stored these lines already: which of both came last would be chance.
+        if ON_DIAGONAL:
+            end_column = tl.where(row_tile == column_tile, 0, num_columns)
         _store_parts(
             column_parts,
             row_tile,
             column,
             row_tiles,
             num_columns,
-            stored,
+            end_column,
             exponents,
             positives,
             others,
