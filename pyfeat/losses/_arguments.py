@@ -44,23 +44,38 @@ def _normalized(x: Tensor) -> Tensor:
 
 def positive_number(op: str, name: str, value: float | Tensor, features: Tensor) -> Tensor:
     """As a tensor (), with its gradient."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            message = f"{op}: {name} must be a number, got {dtype_name(value.dtype)} of {tuple(value.shape)}"
-            raise ValueError(message)
-        tensor = value.reshape(()).to(features.device)
-        number = float(tensor.detach())
-    else:
-        number = real_number(op, name, value)
-        tensor = torch.tensor(number, dtype=torch.float64, device=features.device)
+    tensor, number = _as_number(op, name, value, features)
     if not 0.0 < number < math.inf:
         message = f"{op}: {name} must be positive and finite, got {number}"
         raise ValueError(message)
     # Neither it nor its inverse overflows with the products of features, which are float32.
-    if not _LEAST <= number <= _MOST:
-        message = f"{op}: {name} must be in [{_LEAST}, {_MOST}], got {number}"
+    if not _LEAST <= number <= 1.0 / _LEAST:
+        message = f"{op}: {name} must be in [{_LEAST}, {1.0 / _LEAST}], got {number}"
         raise ValueError(message)
     return tensor
+
+
+def finite_number(op: str, name: str, value: float | Tensor, features: Tensor) -> Tensor:
+    """As a tensor (), with its gradient; at most 1e30 in magnitude."""
+    tensor, number = _as_number(op, name, value, features)
+    if not abs(number) <= 1.0 / _LEAST:
+        message = f"{op}: {name} must be finite and in [-1e30, 1e30], got {number}"
+        raise ValueError(message)
+    return tensor
+
+
+def _as_number(op: str, name: str, value: float | Tensor, features: Tensor) -> tuple[Tensor, float]:
+    """As a tensor () and as a float of Python."""
+    if not isinstance(value, Tensor):
+        number = real_number(op, name, value)
+        return torch.tensor(number, dtype=torch.float64, device=features.device), number
+    if value.numel() != 1 or not value.is_floating_point():
+        message = (
+            f"{op}: {name} must be a number, got {dtype_name(value.dtype)} of {tuple(value.shape)}"
+        )
+        raise ValueError(message)
+    tensor = value.reshape(()).to(features.device)
+    return tensor, float(tensor.detach())
 
 
 def real_number(op: str, name: str, value: object) -> float:
