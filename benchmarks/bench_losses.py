@@ -23,12 +23,13 @@ from benchmarks.data import normal_features
 from benchmarks.harness import Harness
 from benchmarks.memory import in_fresh_process, peak_memory_mb
 from benchmarks.timing import Contender, Work
-from pyfeat.losses import clip_loss, info_nce, nt_xent, supcon_loss
+from pyfeat.losses import clip_loss, info_nce, nt_xent, siglip_loss, supcon_loss
 
 PACKAGES = ("pytorch-metric-learning",)
 MASK_LIMIT = 4e9  # bytes
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Of features of both views and learnable numbers, of which the first is the scale of the similarities.
+Loss = Callable[..., Tensor]
 
 
 class Batch(NamedTuple):
@@ -58,7 +59,18 @@ def test_clip(harness: Harness, batch: Batch, quick: bool) -> None:
     `clip_loss` with a learnable scale, here 20.
     """
     work = Work(6.0 * batch.num_pairs**2 * batch.dim, "float32")
-    _race(harness, batch, clip_loss, {"eager": eager_clip}, 20.0, work, compiles=not quick)
+    _race(harness, batch, clip_loss, {"eager": eager_clip}, (20.0,), work, compiles=not quick)
+
+
+@pytest.mark.sizes("batch", full=[Batch(1_024, 512), Batch(8_192, 512)], quick=[Batch(40, 16)])
+def test_siglip(harness: Harness, batch: Batch, quick: bool) -> None:
+    """SigLIP, float32.
+
+    `siglip_loss` with a learnable scale and bias, 10 and -10. eager is that of open_clip in one process.
+    """
+    work = Work(6.0 * batch.num_pairs**2 * batch.dim, "float32")
+    peers = {"eager": eager_siglip}
+    _race(harness, batch, siglip_loss, peers, (10.0, -10.0), work, compiles=not quick)
 
 
 @pytest.mark.sizes("batch", full=[Batch(1_024, 512), Batch(8_192, 512)], quick=[Batch(40, 16)])
@@ -75,7 +87,7 @@ def test_info_nce(harness: Harness, batch: Batch, quick: bool) -> None:
 
     peers = {"eager": eager_info_nce, "linear CE": linear_cross_entropy}
     work = Work(6.0 * batch.num_pairs**2 * batch.dim, "float32")
-    _race(harness, batch, ours, peers, 20.0, work, compiles=not quick)
+    _race(harness, batch, ours, peers, (20.0,), work, compiles=not quick)
 
 
 @pytest.mark.sizes("batch", full=[Batch(256, 256), Batch(4_096, 256)], quick=[Batch(40, 16)])
@@ -96,7 +108,7 @@ def test_nt_xent(harness: Harness, batch: Batch, quick: bool) -> None:
     else:
         skipped = {"metric learning": f"its mask of 8 N³ numbers would take {mask / 1e9:,.0f} GB"}
     work = Work(6.0 * (2 * batch.num_pairs) ** 2 * batch.dim, "float32")
-    _race(harness, batch, ours, peers, 10.0, work, compiles=not quick, skipped=skipped)
+    _race(harness, batch, ours, peers, (10.0,), work, compiles=not quick, skipped=skipped)
 
 
 @pytest.mark.sizes("batch", full=[Batch(256, 256), Batch(4_096, 256)], quick=[Batch(40, 16)])
@@ -119,7 +131,7 @@ def test_supcon(harness: Harness, batch: Batch, quick: bool) -> None:
 
     peers = {"eager": eager, "metric learning": metric_learning}
     work = Work(6.0 * (2 * batch.num_pairs) ** 2 * batch.dim, "float32")
-    _race(harness, batch, ours, peers, 10.0, work, compiles=not quick)
+    _race(harness, batch, ours, peers, (10.0,), work, compiles=not quick)
 
 
 @pytest.mark.sizes("batch", full=[Batch(8_192, 512), Batch(65_536, 256)], quick=[Batch(40, 16)])
@@ -155,6 +167,13 @@ def eager_nt_xent(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z1)))
 
 
+def eager_siglip(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """As in open_clip."""
+    logits = logit_scale * image @ text.T + logit_bias
+    labels = 2 * torch.eye(len(image), dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(image)
+
+
 def eager_info_nce(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
     return F.cross_entropy(scale * queries @ keys.T, torch.arange(len(queries)))
 
@@ -184,11 +203,11 @@ def unit_similarity() -> DotProductSimilarity:
     return DotProductSimilarity(normalize_embeddings=False)
 
 
-def _step(loss: Loss, a: Tensor, b: Tensor, scale: float) -> Callable[[], tuple[Tensor, ...]]:
-    """Loss and gradients by both features and the scale."""
+def _step(loss: Loss, a: Tensor, b: Tensor, *numbers: float) -> Callable[[], tuple[Tensor, ...]]:
+    """Loss and gradients by both features and the numbers."""
 
     def run() -> tuple[Tensor, ...]:
-        leaves = [x.detach().requires_grad_() for x in (a, b, torch.tensor(scale))]
+        leaves = [x.detach().requires_grad_() for x in (a, b, *map(torch.tensor, numbers))]
         value = loss(*leaves)
         return (value.detach(), *torch.autograd.grad(value, leaves))
 
@@ -200,7 +219,7 @@ def _race(
     batch: Batch,
     ours: Loss,
     peers: Mapping[str, Loss],
-    scale: float,
+    numbers: tuple[float, ...],
     work: Work,
     *,
     compiles: bool,
@@ -212,8 +231,8 @@ def _race(
     if compiles:
         losses["eager, compiled"] = torch.compile(peers["eager"])
     contenders = [
-        Contender(name, _step(loss, a, b, scale), ours=name == "pyfeat", work=work)
+        Contender(name, _step(loss, a, b, *numbers), ours=name == "pyfeat", work=work)
         for name, loss in losses.items()
     ]
-    check = GradientCheck(_step(peers["eager"], a.double(), b.double(), scale))
+    check = GradientCheck(_step(peers["eager"], a.double(), b.double(), *numbers))
     harness.race(batch, contenders, check=check, skipped=skipped)

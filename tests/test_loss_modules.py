@@ -14,10 +14,12 @@ from pyfeat.losses import (
     CLIPLoss,
     InfoNCELoss,
     NTXentLoss,
+    SigLIPLoss,
     SupConLoss,
     clip_loss,
     info_nce,
     nt_xent,
+    siglip_loss,
     supcon_loss,
 )
 
@@ -57,6 +59,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
     "CLIP with options": (
         lambda: CLIPLoss(30.0, max_logit_scale=None, normalize=True),
         lambda m, a, b: clip_loss(a, b, scale_of(m), normalize=True),
+    ),
+    "SigLIP": (SigLIPLoss, lambda m, a, b: siglip_loss(a, b, scale_of(m), m.logit_bias)),
+    "SigLIP with options": (
+        lambda: SigLIPLoss(3.0, -1.0, max_logit_scale=50.0, reduction="sum"),
+        lambda m, a, b: siglip_loss(a, b, scale_of(m), m.logit_bias, reduction="sum"),
     ),
 }
 
@@ -99,6 +106,9 @@ def test_arguments_of_a_batch_are_passed_on() -> None:
     found = CLIPLoss(5.0)(a, b, image_ids=IDS, text_ids=IDS)
     expected = clip_loss(a, b, 5.0, image_ids=IDS, text_ids=IDS)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
+    found = SigLIPLoss(5.0, -3.0)(a, b, image_ids=IDS, text_ids=IDS)
+    expected = siglip_loss(a, b, 5.0, -3.0, image_ids=IDS, text_ids=IDS)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
     losses = InfoNCELoss(reduction="sum")(a, b, reduction="none")
     assert losses.shape == (12,)
 
@@ -112,6 +122,16 @@ def test_a_scale_begins_as_usual() -> None:
     assert loss.scale.item() == pytest.approx(1 / 0.07)
     assert loss.logit_scale.shape == ()
     assert loss.logit_scale.dtype == torch.float32
+
+
+def test_a_sigmoid_loss_begins_as_usual() -> None:
+    loss = SigLIPLoss()
+    assert loss.logit_scale.item() == pytest.approx(math.log(10.0))
+    assert loss.logit_bias.item() == -10.0
+    assert set(loss.state_dict()) == {"logit_scale", "logit_bias"}
+    with torch.no_grad():
+        loss.logit_scale.fill_(6.0)
+    assert loss.scale.item() == pytest.approx(math.exp(6.0))  # no limit
 
 
 def test_a_scale_is_limited_and_comes_back() -> None:
@@ -182,6 +202,7 @@ def test_the_repr_shows_the_options() -> None:
     assert repr(NTXentLoss()) == "NTXentLoss(temperature=0.5)"
     assert repr(CLIPLoss()) == "CLIPLoss(max_logit_scale=100.0)"
     assert repr(CLIPLoss(max_logit_scale=None)) == "CLIPLoss()"
+    assert repr(SigLIPLoss(normalize=True)) == "SigLIPLoss(normalize=True)"
 
 
 # Precision

@@ -32,7 +32,7 @@ def eager(queries: Tensor, keys: Tensor, scale: Tensor, *, targets: Tensor) -> T
     return -(targets.to(log_p.dtype) * log_p).sum(dim=1)
 
 
-def ours(queries: Tensor, keys: Tensor, scale: Tensor, **options: Any) -> Tensor:
+def ours(queries: Tensor, keys: Tensor, scale: Tensor, **options: Any) -> Any:
     return info_nce(queries, keys, temperature=1.0 / scale.double(), reduction="none", **options)
 
 
@@ -255,6 +255,10 @@ def test_bad_targets_are_named(targets: Tensor, error: type, message: str) -> No
             {"hard_negative_beta": 1.0},
             "hard_negative_beta and positive_prior must be 0 for targets that are spread over keys, "
             "got 1.0 and 0.0",
+        ),
+        (
+            {"return_metrics": True},
+            "return_metrics must be False for targets that are spread over keys, got True",
         ),
         (
             {"symmetric": True, "reduction": "none"},

@@ -49,8 +49,8 @@ def positive_number(op: str, name: str, value: float | Tensor, features: Tensor)
         message = f"{op}: {name} must be positive and finite, got {number}"
         raise ValueError(message)
     # Neither it nor its inverse overflows with the products of features, which are float32.
-    if not _LEAST <= number <= 1.0 / _LEAST:
-        message = f"{op}: {name} must be in [{_LEAST}, {1.0 / _LEAST}], got {number}"
+    if not _LEAST <= number <= _MOST:
+        message = f"{op}: {name} must be in [{_LEAST}, {_MOST}], got {number}"
         raise ValueError(message)
     return tensor
 
@@ -58,7 +58,7 @@ def positive_number(op: str, name: str, value: float | Tensor, features: Tensor)
 def finite_number(op: str, name: str, value: float | Tensor, features: Tensor) -> Tensor:
     """As a tensor (), with its gradient; at most 1e30 in magnitude."""
     tensor, number = _as_number(op, name, value, features)
-    if not abs(number) <= 1.0 / _LEAST:
+    if not abs(number) <= _MOST:
         message = f"{op}: {name} must be finite and in [-1e30, 1e30], got {number}"
         raise ValueError(message)
     return tensor

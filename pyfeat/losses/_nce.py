@@ -1,7 +1,7 @@
 """Losses over all pairs of two batches."""
 
 import math
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from pyfeat.losses._arguments import (
     checked_features,
     positive_number,
 )
+from pyfeat.losses._metrics import ContrastMetrics, contrast_metrics
 from pyfeat.losses._positives import Positives, by_ids, by_targets, paired_ids
 from pyfeat.losses._reduction import Reduction, check_reduction, reduced_mean
 from pyfeat.losses._soft import is_soft, soft_losses
 from pyfeat.losses._softmax import checked_hardness, not_hard, pair_losses
 
 
+@overload
 def info_nce(
     queries: Tensor,
     keys: Tensor,
@@ -37,8 +39,36 @@ def info_nce(
     positive_prior: float = 0.0,
     normalize: bool = False,
     reduction: Reduction = "mean",
+    return_metrics: Literal[False] = False,
     backend: Backend | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, ContrastMetrics]: ...
+def info_nce(  # type: ignore[misc]  # options of the second stand for all keywords
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    targets: Tensor | None = None,
+    extra_keys: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_ids: Literal["ignore", "positive"] = "ignore",
+    key_log_probabilities: Tensor | None = None,
+    symmetric: bool = False,
+    hard_negative_beta: float = 0.0,
+    positive_prior: float = 0.0,
+    normalize: bool = False,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, ContrastMetrics]:
     """Cross-entropy of the similarities of every query to all keys.
 
     With ``S = queries @ keys.T / temperature`` and y the targets, ``loss_i = logsumexp_j S_ij - S_iy``.
@@ -70,10 +100,12 @@ def info_nce(
             prior and is at least ``exp(-1 / temperature)``, as it is for vectors of unit length.
         normalize: Divide all vectors by their length; zero vectors stay zero.
         reduction: "none" returns the loss of every query.
+        return_metrics: Return ``(loss, ContrastMetrics)``, of queries, of which most is at hand; one more
+            product of matrices if a query has several positives. Not with targets that are spread.
         backend: Backend to run; None takes the fastest that supports the inputs.
 
     Returns:
-        () float32 (float64 for float64 features), or (N,) with reduction "none".
+        () float32 (float64 for float64 features), or (N,) with reduction "none"; with metrics, also these.
 
     Raises:
         TypeError: If features are not float, or ids not int64.
@@ -123,15 +155,27 @@ def info_nce(
         check_without(op, "targets that are spread over keys", given)
         if hardness is not None:
             raise not_hard(op, hardness, "for targets that are spread over keys")
+        if return_metrics:
+            message = f"{op}: return_metrics must be False for targets that are spread over keys, got True"
+            raise ValueError(message)
         losses = soft_losses(op, a, b, scale, targets, bias, columns=symmetric, backend=backend)
         return reduced_mean(op, losses, reduction, a)
     positives = _positives_of(
         op, a, b, targets, query_ids, key_ids, same_ids, bias, symmetric=symmetric
     )
-    losses = pair_losses(
-        op, a, b, scale, positives, hardness=hardness, columns=symmetric, backend=backend
+    losses, rows = pair_losses(
+        op,
+        a,
+        b,
+        scale,
+        positives,
+        hardness=hardness,
+        columns=symmetric,
+        measured=return_metrics,
+        backend=backend,
     )
-    return reduced_mean(op, losses, reduction, a)
+    loss = reduced_mean(op, losses, reduction, a)
+    return loss if rows is None else (loss, contrast_metrics(a, b, positives, rows))
 
 
 def _positives_of(
@@ -159,6 +203,7 @@ def _positives_of(
     return by_targets(op, targets, len(a), len(b), a, bias, ids)
 
 
+@overload
 def clip_loss(
     image: Tensor,
     text: Tensor,
@@ -168,8 +213,30 @@ def clip_loss(
     text_ids: Tensor | None = None,
     normalize: bool = False,
     reduction: Reduction = "mean",
+    return_metrics: Literal[False] = False,
     backend: Backend | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, ContrastMetrics]: ...
+def clip_loss(  # type: ignore[misc]  # options of the second stand for all keywords
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    normalize: bool = False,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, ContrastMetrics]:
     """Symmetric cross-entropy of image and text features, pair by pair.
 
     With ``S = logit_scale * image @ text.T``, the mean of the cross-entropies of rows and columns, each
@@ -184,6 +251,7 @@ def clip_loss(
         text_ids: (M,) int64.
         normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
         reduction: See above.
+        return_metrics: As in ``info_nce``, of images.
         backend: See above.
 
     Returns:
@@ -208,5 +276,8 @@ def clip_loss(
         positives = by_targets(op, None, len(a), len(b), a)
     else:
         positives = by_ids(*ids)
-    losses = pair_losses(op, a, b, scale, positives, columns=True, backend=backend)
-    return reduced_mean(op, losses, reduction, a)
+    losses, rows = pair_losses(
+        op, a, b, scale, positives, columns=True, measured=return_metrics, backend=backend
+    )
+    loss = reduced_mean(op, losses, reduction, a)
+    return loss if rows is None else (loss, contrast_metrics(a, b, positives, rows))

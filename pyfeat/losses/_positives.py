@@ -112,29 +112,25 @@ def count_equal(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
     return in_columns[row_ids].double(), in_rows[column_ids].double()
 
 
-def equalities(pairs: Pairs) -> list[tuple[float, Tensor, Tensor]]:
-    """Ids of rows and columns, and signs: pairs that are positive or left out, each counted once.
-
-    What has equal ids or equal groups is what has equal ids, and equal groups, without what has both.
-    """
-    kinds: list[tuple[float, Tensor, Tensor]] = []
-    if pairs.row_ids is not None and pairs.column_ids is not None:
-        kinds.append((1.0, pairs.row_ids, pairs.column_ids))
-    if pairs.row_groups is not None and pairs.column_groups is not None:
-        kinds.append((1.0, pairs.row_groups, pairs.column_groups))
-    if len(kinds) == 2:
-        (_, *ids), (_, *groups) = kinds
-        rows, columns = (torch.stack(two, dim=1) for two in zip(ids, groups, strict=True))
-        both = torch.unique(torch.cat([rows, columns]), dim=0, return_inverse=True)[1]
-        kinds.append((-1.0, both[: len(rows)], both[len(rows) :]))
-    return kinds
+def left_out(pairs: Pairs) -> list[tuple[float, Tensor, Tensor]]:
+    """Signs, and ids of rows and columns: pairs that are left out are those of equal ids, added up."""
+    if pairs.row_groups is None or pairs.column_groups is None:
+        return []
+    groups = (1.0, pairs.row_groups, pairs.column_groups)
+    if not pairs.keep_positives or pairs.row_ids is None or pairs.column_ids is None:
+        return [groups]
+    rows = torch.stack([pairs.row_ids, pairs.row_groups], dim=1)
+    columns = torch.stack([pairs.column_ids, pairs.column_groups], dim=1)
+    both = torch.unique(torch.cat([rows, columns]), dim=0, return_inverse=True)[1]
+    return [groups, (-1.0, both[: len(rows)], both[len(rows) :])]
 
 
-def count_negatives(pairs: Pairs, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def count_negatives(positives: Positives, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """How many pairs of every row and every column are neither positive nor left out, in float64."""
-    rows = a.new_full((len(a),), float(len(b)), dtype=torch.float64)
-    columns = b.new_full((len(b),), float(len(a)), dtype=torch.float64)
-    for sign, row_ids, column_ids in equalities(pairs):
+    rows, columns = (1.0 if counts is None else counts for counts in positives.counts)
+    rows = a.new_full((len(a),), float(len(b)), dtype=torch.float64) - rows
+    columns = b.new_full((len(b),), float(len(a)), dtype=torch.float64) - columns
+    for sign, row_ids, column_ids in left_out(positives.pairs):
         equal_rows, equal_columns = count_equal(row_ids, column_ids)
         rows, columns = rows - sign * equal_rows, columns - sign * equal_columns
     return rows, columns

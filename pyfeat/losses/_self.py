@@ -1,6 +1,6 @@
 """Losses over all pairs of one batch with itself."""
 
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -9,11 +9,13 @@ from pyfeat._backends import Backend
 from pyfeat._checks import check_choice
 from pyfeat._contrast import Pairs
 from pyfeat.losses._arguments import check_same_length, checked_features, positive_number
+from pyfeat.losses._metrics import ContrastMetrics, contrast_metrics
 from pyfeat.losses._positives import Positives, by_ids, check_ids
 from pyfeat.losses._reduction import Reduction, check_reduction, reduced_mean
 from pyfeat.losses._softmax import checked_hardness, pair_losses
 
 
+@overload
 def supcon_loss(
     features: Tensor,
     labels: Tensor,
@@ -22,8 +24,28 @@ def supcon_loss(
     average: Literal["out", "in"] = "out",
     normalize: bool = False,
     reduction: Reduction = "mean",
+    return_metrics: Literal[False] = False,
     backend: Backend | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, ContrastMetrics]: ...
+def supcon_loss(  # type: ignore[misc]  # options of the second stand for all keywords
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    average: Literal["out", "in"] = "out",
+    normalize: bool = False,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, ContrastMetrics]:
     """Supervised contrastive loss: all rows of the same label are positives of each other.
 
     With ``S = features @ features.T / temperature`` without its diagonal and P(i) the other rows with the
@@ -38,6 +60,7 @@ def supcon_loss(
             logsumexp_j S_ij - log mean_{j in P(i)} exp(S_ij)``, which lets positives that are far go.
         normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
         reduction: See above.
+        return_metrics: As in ``info_nce``.
         backend: See above.
 
     Returns:
@@ -58,12 +81,21 @@ def supcon_loss(
     positives = by_ids(places, places, groups=_places(a))
     scale = 1.0 / positive_number(op, "temperature", temperature, a)
     check_reduction(op, reduction)
-    losses = pair_losses(
-        op, a, a, scale, positives, inside=average == "in", itself=True, backend=backend
+    losses, rows = pair_losses(
+        op,
+        a,
+        a,
+        scale,
+        positives,
+        inside=average == "in",
+        measured=return_metrics,
+        backend=backend,
     )
-    return reduced_mean(op, losses, reduction, a)
+    loss = reduced_mean(op, losses, reduction, a)
+    return loss if rows is None else (loss, contrast_metrics(a, a, positives, rows))
 
 
+@overload
 def nt_xent(
     z1: Tensor,
     z2: Tensor,
@@ -73,8 +105,29 @@ def nt_xent(
     positive_prior: float = 0.0,
     normalize: bool = False,
     reduction: Reduction = "mean",
+    return_metrics: Literal[False] = False,
     backend: Backend | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, ContrastMetrics]: ...
+def nt_xent(  # type: ignore[misc]  # options of the second stand for all keywords
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    hard_negative_beta: float = 0.0,
+    positive_prior: float = 0.0,
+    normalize: bool = False,
+    reduction: Reduction = "mean",
+    return_metrics: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, ContrastMetrics]:
     """Cross-entropy of every view to its partner among all other views of a batch.
 
     With z the 2 N rows of both and ``S = z @ z.T / temperature`` without its diagonal,
@@ -88,6 +141,7 @@ def nt_xent(
         positive_prior: See above.
         normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
         reduction: See above.
+        return_metrics: As in ``info_nce``.
         backend: See above.
 
     Returns:
@@ -112,10 +166,18 @@ def nt_xent(
     scale = 1.0 / positive_number(op, "temperature", temperature, a)
     hardness = checked_hardness(op, hard_negative_beta, positive_prior)
     check_reduction(op, reduction)
-    losses = pair_losses(
-        op, z, z, scale, positives, hardness=hardness, itself=True, backend=backend
+    losses, rows = pair_losses(
+        op,
+        z,
+        z,
+        scale,
+        positives,
+        hardness=hardness,
+        measured=return_metrics,
+        backend=backend,
     )
-    return reduced_mean(op, losses, reduction, z)
+    loss = reduced_mean(op, losses, reduction, z)
+    return loss if rows is None else (loss, contrast_metrics(z, z, positives, rows))
 
 
 def _places(features: Tensor) -> Tensor:

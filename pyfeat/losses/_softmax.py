@@ -10,6 +10,7 @@ from torch import Tensor
 from pyfeat._backends import Backend
 from pyfeat._contrast import Pairs, PairSums
 from pyfeat.losses._arguments import real_number
+from pyfeat.losses._metrics import RowSums
 from pyfeat.losses._positives import Positives, count_negatives
 from pyfeat.losses._reduction import Losses, sums_over
 
@@ -53,56 +54,92 @@ def pair_losses(
     hardness: Hardness | None = None,
     inside: bool = False,
     columns: bool = False,
-    itself: bool = False,
+    measured: bool = False,
     backend: Backend | None,
-) -> list[Losses]:
+) -> tuple[list[Losses], RowSums | None]:
     """Of rows and, if wanted, of columns; of several positives the mean is taken ``inside`` of the log.
 
-    ``itself``: see ``pair_sums``.
+    ``measured``: whether sums for metrics are wanted, too.
     """
 
     def sums(factor: float, pairs: Pairs) -> PairSums:
         scaled = scale if factor == 1.0 else factor * scale
-        return sums_over(op, a, b, scaled, pairs, columns=columns, itself=itself, backend=backend)
+        return sums_over(
+            op,
+            a,
+            b,
+            scaled,
+            pairs,
+            columns=columns,
+            largest=measured,
+            backend=backend,
+        )
 
     sides = range(2 if columns else 1)
-    if hardness is not None:
-        if not positives.pairs.separate_positives:
-            raise not_hard(op, hardness, "where a row has several positives")
-        numbers = count_negatives(positives.pairs, a, b)
-        return _hard_losses(sums, positives, hardness, numbers, scale, sides)
-    if inside:
-        return _inside_losses(sums, positives, sides)
     pairs = positives.pairs
-    found = sums(1.0, pairs)
-    return [
-        _softmax_losses(
-            found[side], found[side + 2], positives.counts[side], separate=pairs.separate_positives
+    factor = 1.0
+    if hardness is not None:
+        if not pairs.separate_positives:
+            raise not_hard(op, hardness, "where a row has several positives")
+        numbers = count_negatives(positives, a, b)
+        found, parts = _hard_losses(sums, positives, hardness, numbers, scale, sides)
+        factor = 1.0 + hardness.beta
+    elif inside:
+        found, parts = _inside_losses(sums, positives, sides)
+    else:
+        found = sums(1.0, pairs)
+        parts = [
+            _softmax_loss(found[side], found[side + 2], positives.counts[side], pairs)
+            for side in sides
+        ]
+    losses = [part.losses for part in parts]
+    if not measured:
+        return losses, None
+    with torch.no_grad():
+        rows = RowSums(
+            factor * scale.detach(),
+            losses[0].counted,
+            found.row_positives,
+            None if pairs.separate_positives else _largest(sums, pairs),
+            found.row_largest,
+            losses[0].each + parts[0].positive,
         )
-        for side in sides
-    ]
+    return losses, rows
 
 
 # Factor of the scale, and pairs.
 Sums = Callable[[float, Pairs], PairSums]
 
 
-def _softmax_losses(
-    lse: Tensor, positives: Tensor, counts: Tensor | None, *, separate: bool
-) -> Losses:
-    """Of rows, or of columns: those with a positive count, the others have loss 0.
+class _Part(NamedTuple):
+    """Of rows, or of columns: losses, log-sum-exps without what stands for the positives."""
 
-    ``lse`` is over all pairs, or ``separate``: over all but the only positive one. ``positives`` are sums
-    over so many pairs as ``counts`` says, over one pair without.
+    losses: Losses
+    positive: Tensor
+
+
+def _largest(sums: Sums, pairs: Pairs) -> Tensor:
+    """Of every row, the largest of what is not left out, positive or not."""
+    without = pairs._replace(row_ids=None, column_ids=None, separate_positives=False)
+    return sums(1.0, without).row_largest
+
+
+def _softmax_loss(lse: Tensor, positives: Tensor, counts: Tensor | None, pairs: Pairs) -> _Part:
+    """Those with a positive count, the others have loss 0.
+
+    ``lse`` is over all pairs, or where they are separate: over all but the only positive one.
+    ``positives`` are sums over so many pairs as ``counts`` says, over one pair without.
     """
+    separate = pairs.separate_positives
     if counts is None:
-        return Losses(_outweighed(lse, positives) if separate else lse - positives)
+        each = _outweighed(lse, positives) if separate else lse - positives
+        return _Part(Losses(each), positives)
     counted = counts > 0
     # Where nothing counts the log-sum-exp is -inf, which must not meet a gradient.
     lse = lse.masked_fill(~counted, 0.0)
     mean = positives / counts.clamp_min(1.0)
     each = _outweighed(lse, mean) if separate else lse - mean
-    return Losses(each.where(counted, 0.0), counted)
+    return _Part(Losses(each.where(counted, 0.0), counted), mean)
 
 
 def _outweighed(others: Tensor, positive: Tensor) -> Tensor:
@@ -110,22 +147,23 @@ def _outweighed(others: Tensor, positive: Tensor) -> Tensor:
     return torch.nn.functional.softplus(others - positive)
 
 
-def _inside_losses(sums: Sums, positives: Positives, sides: range) -> list[Losses]:
+def _inside_losses(sums: Sums, positives: Positives, sides: range) -> tuple[PairSums, list[_Part]]:
     """Minus the log of the share that a positive has on average: of positives alone, and others."""
     pairs = positives.pairs
     alone = sums(1.0, pairs._replace(separate_positives=False, only_positives=True))
     others = sums(1.0, pairs._replace(separate_positives=True))
-    losses = []
+    parts = []
     for side in sides:
-        counts = positives.counts[side]
+        own, counts = alone[side], positives.counts[side]
         if counts is None:
-            losses.append(Losses(_outweighed(others[side], alone[side])))
+            parts.append(_Part(Losses(_outweighed(others[side], own)), own))
             continue
         counted = counts > 0
-        lse, own = (x[side].masked_fill(~counted, 0.0) for x in (others, alone))
-        each = _outweighed(lse, own) + counts.clamp_min(1.0).log()
-        losses.append(Losses(each.where(counted, 0.0), counted))
-    return losses
+        lse, own = (x.masked_fill(~counted, 0.0) for x in (others[side], own))
+        number = counts.clamp_min(1.0).log()
+        each = (_outweighed(lse, own) + number).where(counted, 0.0)
+        parts.append(_Part(Losses(each, counted), own - number))
+    return others, parts
 
 
 def _hard_losses(
@@ -135,7 +173,7 @@ def _hard_losses(
     numbers: tuple[Tensor, Tensor],
     scale: Tensor,
     sides: range,
-) -> list[Losses]:
+) -> tuple[PairSums, list[_Part]]:
     """Of single positives and so many negatives, whose weighted mean is a quotient of sums.
 
     With ``LSE_c = log sum_j exp(c S_ij)`` over the negatives j, the mean of ``exp(S_ij)`` under weights
@@ -144,7 +182,7 @@ def _hard_losses(
     beta, prior = hardness
     sharp = sums(1.0 + beta, positives.pairs)
     weights = sums(beta, positives.pairs)[:2] if beta else [x.log() for x in numbers]
-    losses = []
+    parts = []
     for side in sides:
         some = numbers[side] > 0
         means = sharp[side].where(some, 0.0) - weights[side].where(some, 0.0)
@@ -152,8 +190,8 @@ def _hard_losses(
         if prior:
             means = _without_positives(means, products, scale, prior)
         lse = (means + numbers[side].log().where(some, 0.0)).masked_fill(~some, -math.inf)
-        losses.append(_softmax_losses(lse, products, positives.counts[side], separate=True))
-    return losses
+        parts.append(_softmax_loss(lse, products, positives.counts[side], positives.pairs))
+    return sharp, parts
 
 
 def _without_positives(negatives: Tensor, positives: Tensor, scale: Tensor, prior: float) -> Tensor:

@@ -1,0 +1,89 @@
+"""How well keys are told apart, from what a loss has computed anyway."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfeat.losses._positives import Positives, left_out
+
+
+class ContrastMetrics(NamedTuple):
+    """Of the rows of a batch that count in its loss: queries, images, views, or labelled features.
+
+    All () float32, without a gradient, 0 where there is nothing to average:
+
+    - top1: share of rows whose most similar key, of those that are not left out, is a positive one; a
+      positive key as similar as the best other one will do, if it is the only one of its row.
+    - positive_similarity: mean of the products of features of all positive pairs, cosines of vectors of
+      unit length.
+    - negative_similarity: the same of all pairs that are neither positive nor left out.
+    - log_sum_exp: mean of the logarithms of the denominators, those of the loss (weighted negatives have
+      their weights).
+    """
+
+    top1: Tensor
+    positive_similarity: Tensor
+    negative_similarity: Tensor
+    log_sum_exp: Tensor
+
+
+class RowSums(NamedTuple):
+    """Of all rows, float64, similarities being products of features times ``scale`` plus a bias."""
+
+    scale: Tensor
+    counted: Tensor | None
+    positives: Tensor  # sums over positive pairs
+    largest_positive: Tensor | None  # None: there is one positive pair at most
+    largest_other: Tensor
+    log_sum_exp: Tensor
+
+
+@torch.no_grad()
+def contrast_metrics(a: Tensor, b: Tensor, positives: Positives, rows: RowSums) -> ContrastMetrics:
+    """In O((N + M) D): sums of products are products of sums of features.
+
+    Precision: sums of features in float64 over all rows, in float32 over those of equal ids.
+    """
+    counted = rows.counted
+    weights = a.new_ones(len(a), dtype=torch.float64) if counted is None else counted.double()
+    number = weights.sum().clamp_min(1.0)
+    counts = weights if positives.counts[0] is None else positives.counts[0] * weights
+    if rows.largest_positive is None:
+        best = rows.positives >= rows.largest_other
+    else:
+        best = rows.largest_positive > rows.largest_other
+    pairs = positives.pairs
+    of_positives = (rows.positives * weights).sum()
+    if pairs.column_bias is not None and pairs.row_ids is not None and pairs.column_ids is not None:
+        bias = pairs.column_bias.double()[:, None]
+        of_positives = of_positives - _sum_of_products(
+            weights[:, None], bias, pairs.row_ids, pairs.column_ids
+        )
+    of_positives = of_positives / rows.scale
+    a = a.to(torch.promote_types(a.dtype, torch.float32)) * weights[:, None].to(a.dtype)
+    b = b.to(a.dtype)
+    of_all = torch.dot(*(x.sum(dim=0, dtype=torch.float64) for x in (a, b)))
+    of_negatives = of_all - of_positives
+    num_negatives = weights.sum() * len(b) - counts.sum()
+    for sign, row_ids, column_ids in left_out(pairs):
+        of_negatives = of_negatives - sign * _sum_of_products(a, b, row_ids, column_ids)
+        ones = weights[:, None], b.new_ones(len(b), 1, dtype=torch.float64)
+        num_negatives = num_negatives - sign * _sum_of_products(*ones, row_ids, column_ids)
+    values = (
+        (best * weights).sum() / number,
+        of_positives / counts.sum().clamp_min(1.0),
+        of_negatives.where(num_negatives > 0, 0.0) / num_negatives.clamp_min(1.0),
+        (rows.log_sum_exp.where(weights > 0, 0.0)).sum() / number,
+    )
+    return ContrastMetrics(*(value.float() for value in values))
+
+
+def _sum_of_products(a: Tensor, b: Tensor, row_ids: Tensor, column_ids: Tensor) -> Tensor:
+    """Of rows of a and of b with equal ids."""
+    size = max((int(ids.max()) + 1 for ids in (row_ids, column_ids) if len(ids)), default=0)
+    sums = [
+        x.new_zeros(size, x.shape[1]).index_add_(0, ids, x)
+        for x, ids in ((a, row_ids), (b, column_ids))
+    ]
+    return (sums[0] * sums[1]).sum(dtype=torch.float64)
