@@ -4,7 +4,7 @@ An import goes down this picture, never up::
 
     pipelines   pyfeat.anomaly (fit, score, report)     pyfeat command line
     objects     MemoryBank    PatchCore
-    ops         knn    greedy_coreset    match    losses (info_nce, clip, supcon, nt_xent)
+    ops         knn    greedy_coreset    match    losses (info_nce, clip, siglip, supcon, swav, ...)
     engine      similarity: tiles of A B^T that are used and dropped, never stored
     backends    cpu (C++: scalar, AVX2, AVX-512, AMX, NEON)   triton   reference (plain PyTorch)
 """
