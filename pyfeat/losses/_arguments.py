@@ -24,7 +24,8 @@ def checked_features(op: str, *named: tuple[str, Tensor], normalize: bool) -> li
                 f"{op}: {name} must be on {first.device} like {named[0][0]}, got {features.device}"
             )
             raise ValueError(message)
-        check_finite(op, name, features.detach())
+        if not _checked_by_kernels(features):
+            check_finite(op, name, features.detach())
     # The CPU multiplies float16 in float32. As float32 from here on, what adds up to a gradient by the
     # features may be larger than the gradient and float16 can be.
     widened = first.dtype == torch.float16 and first.device.type == "cpu"
@@ -45,6 +46,8 @@ def _normalized(x: Tensor) -> Tensor:
 def positive_number(op: str, name: str, value: float | Tensor, features: Tensor) -> Tensor:
     """As a tensor (), with its gradient."""
     tensor, number = _as_number(op, name, value, features)
+    if number is None:
+        return tensor
     if not 0.0 < number < math.inf:
         message = f"{op}: {name} must be positive and finite, got {number}"
         raise ValueError(message)
@@ -58,14 +61,21 @@ def positive_number(op: str, name: str, value: float | Tensor, features: Tensor)
 def finite_number(op: str, name: str, value: float | Tensor, features: Tensor) -> Tensor:
     """As a tensor (), with its gradient; at most 1e30 in magnitude."""
     tensor, number = _as_number(op, name, value, features)
-    if not abs(number) <= _MOST:
+    if number is not None and not abs(number) <= _MOST:
         message = f"{op}: {name} must be finite and in [-1e30, 1e30], got {number}"
         raise ValueError(message)
     return tensor
 
 
-def _as_number(op: str, name: str, value: float | Tensor, features: Tensor) -> tuple[Tensor, float]:
-    """As a tensor () and as a float of Python."""
+def _checked_by_kernels(features: Tensor) -> bool:
+    """In a compiled graph, which cannot look at numbers; on the CPU they refuse what would give NaN."""
+    return torch.compiler.is_compiling() and features.device.type == "cpu"
+
+
+def _as_number(
+    op: str, name: str, value: float | Tensor, features: Tensor
+) -> tuple[Tensor, float | None]:
+    """As a tensor () and as a float of Python; None if it is left to the kernels."""
     if not isinstance(value, Tensor):
         number = real_number(op, name, value)
         return torch.tensor(number, dtype=torch.float64, device=features.device), number
@@ -75,7 +85,7 @@ def _as_number(op: str, name: str, value: float | Tensor, features: Tensor) -> t
         )
         raise ValueError(message)
     tensor = value.reshape(()).to(features.device)
-    return tensor, float(tensor.detach())
+    return tensor, None if _checked_by_kernels(features) else float(tensor.detach())
 
 
 def real_number(op: str, name: str, value: object) -> float:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfeat.losses._positives import Positives, left_out
+from pyfeat.losses._positives import Positives, left_out, sums_by_id
 
 
 class ContrastMetrics(NamedTuple):
@@ -81,9 +81,5 @@ def contrast_metrics(a: Tensor, b: Tensor, positives: Positives, rows: RowSums) 
 
 def _sum_of_products(a: Tensor, b: Tensor, row_ids: Tensor, column_ids: Tensor) -> Tensor:
     """Of rows of a and of b with equal ids."""
-    size = max((int(ids.max()) + 1 for ids in (row_ids, column_ids) if len(ids)), default=0)
-    sums = [
-        x.new_zeros(size, x.shape[1]).index_add_(0, ids, x)
-        for x, ids in ((a, row_ids), (b, column_ids))
-    ]
-    return (sums[0] * sums[1]).sum(dtype=torch.float64)
+    sums = (sums_by_id(x, ids, row_ids, column_ids) for x, ids in ((a, row_ids), (b, column_ids)))
+    return torch.mul(*sums).sum(dtype=torch.float64)

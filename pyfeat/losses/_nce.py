@@ -175,7 +175,9 @@ def info_nce(  # type: ignore[misc]  # options of the second stand for all keywo
         backend=backend,
     )
     loss = reduced_mean(op, losses, reduction, a)
-    return loss if rows is None else (loss, contrast_metrics(a, b, positives, rows))
+    return (
+        loss if rows is None else (loss, contrast_metrics(a.detach(), b.detach(), positives, rows))
+    )
 
 
 def _positives_of(
@@ -280,4 +282,6 @@ def clip_loss(  # type: ignore[misc]  # options of the second stand for all keyw
         op, a, b, scale, positives, columns=True, measured=return_metrics, backend=backend
     )
     loss = reduced_mean(op, losses, reduction, a)
-    return loss if rows is None else (loss, contrast_metrics(a, b, positives, rows))
+    return (
+        loss if rows is None else (loss, contrast_metrics(a.detach(), b.detach(), positives, rows))
+    )

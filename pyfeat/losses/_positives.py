@@ -30,7 +30,8 @@ def by_ids(
     rows, columns = count_equal(row_ids, column_ids)
     if groups is not None:
         rows, columns = rows - 1.0, columns - 1.0
-    single = all(not len(counts) or float(counts.max()) <= 1.0 for counts in (rows, columns))
+    counts = rows if groups is not None else torch.cat([rows, columns])
+    single = not len(counts) or float(counts.max()) <= 1.0
     pairs = Pairs(column_bias, row_ids, column_ids, groups, groups, separate_positives=single)
     return Positives(pairs, (rows, columns))
 
@@ -107,9 +108,18 @@ def check_ids(op: str, name: str, ids: Tensor, count: int, features: Tensor) -> 
 
 def count_equal(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Of every row, how many columns have its id, and the other way round, in float64."""
-    size = max((int(ids.max()) + 1 for ids in (row_ids, column_ids) if len(ids)), default=0)
-    in_rows, in_columns = (torch.bincount(ids, minlength=size) for ids in (row_ids, column_ids))
-    return in_columns[row_ids].double(), in_rows[column_ids].double()
+    in_rows, in_columns = (
+        sums_by_id(ids.new_ones(len(ids), dtype=torch.float64), ids, row_ids, column_ids)
+        for ids in (row_ids, column_ids)
+    )
+    return in_columns[row_ids], in_rows[column_ids]
+
+
+def sums_by_id(x: Tensor, ids: Tensor, row_ids: Tensor, column_ids: Tensor) -> Tensor:
+    """Sums of x (N, ...) over rows of equal ids; there are no more ids than rows and columns."""
+    # A size that need not be read from the tensor: nothing waits for it, and a compiler sees it.
+    size = len(row_ids) + len(column_ids)
+    return x.new_zeros(size, *x.shape[1:]).index_add_(0, ids, x)
 
 
 def left_out(pairs: Pairs) -> list[tuple[float, Tensor, Tensor]]:

@@ -92,7 +92,9 @@ def supcon_loss(  # type: ignore[misc]  # options of the second stand for all ke
         backend=backend,
     )
     loss = reduced_mean(op, losses, reduction, a)
-    return loss if rows is None else (loss, contrast_metrics(a, a, positives, rows))
+    return (
+        loss if rows is None else (loss, contrast_metrics(a.detach(), a.detach(), positives, rows))
+    )
 
 
 @overload
@@ -177,7 +179,9 @@ def nt_xent(  # type: ignore[misc]  # options of the second stand for all keywor
         backend=backend,
     )
     loss = reduced_mean(op, losses, reduction, z)
-    return loss if rows is None else (loss, contrast_metrics(z, z, positives, rows))
+    return (
+        loss if rows is None else (loss, contrast_metrics(z.detach(), z.detach(), positives, rows))
+    )
 
 
 def _places(features: Tensor) -> Tensor:

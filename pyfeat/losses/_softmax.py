@@ -99,7 +99,7 @@ def pair_losses(
         rows = RowSums(
             factor * scale.detach(),
             losses[0].counted,
-            found.row_positives,
+            found.row_positives.detach(),
             None if pairs.separate_positives else _largest(sums, pairs),
             found.row_largest,
             losses[0].each + parts[0].positive,
