@@ -1,4 +1,4 @@
-"""What else the Triton kernels do with all pairs: softplus, other values, whole losses, dispatch."""
+"""Softplus over all pairs, other values, whole losses and dispatch, by the Triton kernels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,16 +1,17 @@
 """Sums over all pairs on an NVIDIA GPU, and their gradients.
 
-``contrast_sums.py`` computes tiles of similarities, of which only sums over rows and columns remain;
-``contrast_gradient.py`` computes them again for the gradients, which ``contrast_products.py`` multiplies
-with the features, a block of pairs at a time. ``contrast_softplus.py`` does both at once for losses that
-need no sums beforehand. ``contrast_tiles.py`` is what all of them begin with.
+``contrast_sums.py`` computes tiles of similarities, of which only sums over rows and columns
+remain; ``contrast_gradient.py`` computes them again for the gradients, which
+``contrast_products.py`` multiplies with the features, a block of pairs at a time.
+``contrast_softplus.py`` does both at once for losses that need no sums beforehand.
+``contrast_tiles.py`` is what all of them begin with.
 
-Cost of 65,536 x 65,536 x 768 in bfloat16, rows and columns, on an H100 (989 TFLOP/s, 3.35 TB/s, about 6 TB/s
-from its second-level cache), by arithmetic: a product of 6.6 TFLOP forward and three backward. Two of
-them arise in tiles of 128 x 128, which read 1/64 byte an operation: the cache allows 380 TFLOP/s, 35 ms. Two
-are the library's, 19 ms at 70 % of the peak. Four exponentials of each pair take 5 ms of another unit.
-Parts of sums are 0.8 GB; the gradient by the similarities, 26 GB, stays in the cache for the most part;
-the sums of the gradients are 13 GB, 4 ms.
+Cost of 65,536 x 65,536 x 768 in bfloat16, rows and columns, on an H100 (989 TFLOP/s, 3.35 TB/s,
+about 6 TB/s from its second-level cache), by arithmetic: a product of 6.6 TFLOP forward and three
+backward. Two of them arise in tiles of 128 x 128, which read 1/64 byte an operation: the cache
+allows 380 TFLOP/s, 35 ms. Two are the library's, 19 ms at 70 % of the peak. Four exponentials of
+each pair take 5 ms of another unit. Parts of sums are 0.8 GB; the gradient by the similarities,
+26 GB, stays in the cache for the most part; the sums of the gradients are 13 GB, 4 ms.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -41,21 +42,22 @@ def pair_sums(
     """Log-sum-exps and positive sums of ``S = scale * a @ b.T + column_bias``.
 
     Args:
-        a: (L, D) float32, float16 or bfloat16. Copied unless its last axis is contiguous and D a multiple
-            of 16.
+        a: (L, D) float32, float16 or bfloat16. Copied unless its last axis is contiguous and D a
+            multiple of 16.
         b: (S, D), dtype and device of ``a``.
-        scale: () float. ``|a| |b|`` and ``scale |a| |b|`` must be at most 1e36 for the longest rows.
+        scale: () float. ``|a| |b|`` and ``scale |a| |b|`` must be at most 1e36 for the longest
+            rows.
         pairs: On the device of ``a``.
         columns: Whether sums over columns are wanted.
         largest: Whether the largest of every row is wanted.
-        itself: ``b`` is ``a``, and pairs say the same of ij and ji: takes about half of the products. Not
-            with ``columns`` or a bias.
+        itself: ``b`` is ``a``, and pairs say the same of ij and ji: takes about half of the
+            products. Not with ``columns`` or a bias.
 
     Returns:
         As ``reference.pair_sums``, (0,) where not wanted.
 
-    Precision: similarities in float32, also for features of 16 bits; sums of more than a tile in float64.
-    Bit-identical between runs.
+    Precision: similarities in float32, also for features of 16 bits; sums of more than a tile in
+    float64. Bit-identical between runs.
     Memory: outputs plus a workspace of at most 64 MB.
     """
     with _device_of(a):
@@ -73,7 +75,7 @@ def pair_gradients(
     columns: WeightedSide | None,
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a loss by a (L, D), b (S, D) and scale (), in their dtypes, from those by its sums.
+    """Gradients of a loss by a (L, D), b (S, D) and scale () from those by its sums.
 
     Args:
         a: As in ``pair_sums``, as are ``b``, ``scale`` and ``pairs``.
@@ -82,13 +84,17 @@ def pair_gradients(
         pairs: See above.
         rows: Log-sum-exps of rows, and the gradients by them and by the sums over positives.
         columns: Likewise; None if sums over columns are not in the loss.
-        wanted: Which gradients are; the others are (0, D).
+        wanted: Which gradients are.
 
-    Precision: products are summed in float32, the gradient by ``scale`` in float64 across tiles. For
-    features of 16 bits the gradient by a similarity is rounded to their dtype, u = 2^-8 for bfloat16 and
-    2^-11 for float16, before it is multiplied with features: an error of at most u times the sum of
-    magnitudes of what is added up. The gradient by ``scale`` takes it before. Bit-identical between
-    runs; for features of 16 bits as far as the library is (see ``contrast_products.py``).
+    Returns:
+        (L, D), (S, D) and (), in the dtypes of what they are by, (0, D) if not wanted.
+
+    Precision: products are summed in float32, the gradient by ``scale`` in float64 across tiles.
+    For features of 16 bits the gradient by a similarity is rounded to their dtype, u = 2^-8 for
+    bfloat16 and 2^-11 for float16, before it is multiplied with features: an error of at most u
+    times the sum of magnitudes of what is added up. The gradient by ``scale`` takes it before.
+    Bit-identical between runs; for features of 16 bits as far as the library is (see
+    ``contrast_products.py``).
     Memory: float32 gradients and a workspace of at most 64 MB.
     """
     with _device_of(a):
@@ -115,7 +121,9 @@ def weighted_features(
     b_values: Tensor,
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor]:
-    """``G @ b_values`` (L, F) and ``G.T @ a_values`` (S, E); see ``pyfeat._contrast.weighted_features``.
+    """``G @ b_values`` (L, F) and ``G.T @ a_values`` (S, E), without G (L, S).
+
+    See ``pyfeat._contrast.weighted_features``.
 
     Precision and memory: as of ``pair_gradients``.
     """
@@ -150,8 +158,8 @@ def pair_softplus(
         wanted: Which gradients are.
 
     Returns:
-        Sums (L,) float64 of ``softplus(S + bias)``, of S over positives and of ``sigmoid(S + bias)``, and
-        the gradients by ``a`` and ``b``, float32, (0, D) if not wanted.
+        Sums (L,) float64 of ``softplus(S + bias)``, of S over positives and of
+        ``sigmoid(S + bias)``, and the gradients by ``a`` and ``b``, float32, (0, D) if not wanted.
 
     Precision and memory: as of ``pair_gradients``.
     """
@@ -171,11 +179,11 @@ def pair_softplus(
 
 
 def _unit(values: Tensor, factor: Tensor, weights: list[Tensor]) -> Tensor:
-    """() float64, a power of two that takes gradients into the range of the values they multiply."""
+    """() float64, a power of two that takes gradients into the range of ``values``."""
     if values.dtype != torch.float16:
         return torch.ones_like(factor)
-    # No softmax and no sigmoid exceeds 1: their weights bound what they add up to. 2^14 leaves room for
-    # rounding below the largest number, 65,504; what is 2^28 times smaller begins to lose digits.
+    # No softmax and no sigmoid exceeds 1: their weights bound what they add up to. 2^14 leaves room
+    # for rounding below the largest number, 65,504; what is 2^28 times smaller loses digits.
     largest = [x.double().abs().amax() for x in weights if x.numel()]
     bound = factor.abs() * sum(largest)
     exponent = torch.floor(14.0 - torch.log2(bound.where(bound > 0, 1.0)))

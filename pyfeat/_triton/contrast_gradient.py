@@ -1,4 +1,4 @@
-"""The gradient by the similarities of log-sum-exps and positive sums, and its products with features."""
+"""The gradient of log-sum-exps and positive sums by the similarities, times features."""
 
 import torch
 import triton
@@ -42,8 +42,8 @@ def gradient_products(
         wanted: Which products are.
 
     Returns:
-        ``G b_values`` (L, F) and ``G.T a_values`` (S, E), float32, without rows if not wanted, and the sum
-        of G a.b () float64.
+        ``G b_values`` (L, F) and ``G.T a_values`` (S, E), float32, without rows if not wanted, and
+        the sum of G a.b () float64.
     """
     row_terms = _terms(rows, factor)
     column_terms = None if columns is None else _terms(columns, factor)
@@ -78,8 +78,8 @@ def gradient_products(
 def _terms(side: WeightedSide, factor: Tensor) -> Tensor:
     """(3, lines) float32, as the kernel takes them: shift, weight, positive.
 
-    ``weight 2^(z - shift)`` is ``factor weights exp(S - lse)`` for z = S / ln 2: with a whole shift,
-    z - shift is exact where it matters.
+    ``weight 2^(z - shift)`` is ``factor weights exp(S - lse)`` for z = S / ln 2: with a whole
+    shift, z - shift is exact where it matters.
     """
     num_lines = len(side.lse)
     terms = torch.empty((3, num_lines), dtype=torch.float32, device=side.lse.device)
@@ -188,8 +188,8 @@ def _store_half(
     return tl.sum(value * products, axis=1)
 
 
-# One program for each tile of BLOCK_M rows and BLOCK_N columns. Bound by the product, 2 D operations for
-# each pair; beside it come two exponentials, and the gradient is stored once.
+# One program for each tile of BLOCK_M rows and BLOCK_N columns. Bound by the product, 2 D
+# operations for each pair; beside it come two exponentials, and the gradient is stored once.
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def _pair_gradient_kernel(
     a,

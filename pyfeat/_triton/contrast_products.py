@@ -1,19 +1,20 @@
 """Products of a gradient by the similarities with features, a block of pairs at a time.
 
-For a block of about 4,096 x 4,096 pairs one kernel computes the similarities again and writes the gradient
-G by them, in 16 bits for features of 16 bits, else in float32; two products then add ``G b`` and ``G.T a``
-to sums in float32. A kernel that kept the sums of its rows on chip, for all D features, would have
-room for about 32 rows, fewer than the 64 that tensor cores of compute capability 9.0 multiply at once.
+For a block of about 4,096 x 4,096 pairs one kernel computes the similarities again and writes the
+gradient G by them, in 16 bits for features of 16 bits, else in float32; two products then add
+``G b`` and ``G.T a`` to sums in float32. A kernel that kept the sums of its rows on chip, for all D
+features, would have room for about 32 rows, fewer than the 64 that tensor cores of compute
+capability 9.0 multiply at once.
 
-For each pair that is 6 D operations in three products. G is written once and read twice: 6 bytes in 16
-bits, 12 in float32, mostly from the second-level cache if it holds a block of 32 MB. The sums of the
-4,096 rows and columns of a block are read and written: D / 256 bytes for each pair, 3 for D = 768. With
-256 rows to a block these would be more than 8 D / 256 bytes, 24.
+For each pair that is 6 D operations in three products. G is written once and read twice: 6 bytes in
+16 bits, 12 in float32, mostly from the second-level cache if it holds a block of 32 MB. The sums of
+the 4,096 rows and columns of a block are read and written: D / 256 bytes for each pair, 3 for
+D = 768. With 256 rows to a block these would be more than 8 D / 256 bytes, 24.
 
 float32 is multiplied by a kernel of our own, so that it stays float32 whatever
-``torch.backends.cuda.matmul`` allows. 16 bits are multiplied by the library where it adds to float32 in
-place (torch 2.10, on a GPU) and torch is not asked for deterministic algorithms, which it takes this
-product not to be; else by the same kernel.
+``torch.backends.cuda.matmul`` allows. 16 bits are multiplied by the library where it adds to
+float32 in place (torch 2.10, on a GPU) and torch is not asked for deterministic algorithms, which
+it takes this product not to be; else by the same kernel.
 """
 
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def products_of_blocks(
 
     Args:
         problem: The pairs.
-        write_gradient: Writes the gradient of a block, whole tiles of it, 0 for what does not count.
+        write_gradient: Writes whole tiles of the gradient of a block, 0 for what does not count.
         a_values: (L, E), the features or others in their place, of their dtype.
         b_values: (S, F).
         wanted: What is.
@@ -115,7 +116,7 @@ def _block_shape(num_rows: int, num_columns: int, *, square: bool) -> tuple[int,
 
 
 def _add_product(out: Tensor, gradient: Tensor, values: Tensor) -> None:
-    """Add ``gradient @ values`` to ``out`` (rows, F) float32; the gradient is a view of whole tiles."""
+    """Add ``gradient @ values`` to ``out`` (rows, F); the gradient is a view of whole tiles."""
     if _library_adds(gradient):
         with torch.autocast("cuda", enabled=False):
             torch.addmm(out, gradient, values, out_dtype=torch.float32, out=out)
@@ -153,8 +154,8 @@ def _library_adds(gradient: Tensor) -> bool:
 @triton.jit
 def store_gradient(value, row, column, gradient, gradient_stride):
     """Store a part of a tile of the gradient, in the dtype in which it will be multiplied."""
-    # Whole tiles without a mask, which could be stored in single elements only. Offsets in a block are
-    # below 2^31.
+    # Whole tiles without a mask, which could be stored in single elements only. Offsets in a block
+    # are below 2^31.
     at = gradient + row[:, None] * gradient_stride + column[None, :]
     tl.store(at, value.to(gradient.dtype.element_ty))
 

@@ -1,7 +1,7 @@
 """Sums of softplus over all pairs, and the products of its gradient with features.
 
-The gradient by a similarity needs no sum over others: one pass gives the sums and both products, three
-products of matrices in all.
+The gradient by a similarity needs no sum over others: one pass gives the sums and both products,
+three products of matrices in all.
 """
 
 import torch
@@ -24,7 +24,9 @@ from pyfeat._triton.tiles import SWEEP, TileConfig, swizzled
 
 
 def softplus_sums(problem: AllPairs, bias: Tensor) -> Tensor:
-    """Sums (3, L) float64 of ``softplus(S + bias)``, of S over positives, and of ``sigmoid(S + bias)``.
+    """Of every row, sums of softplus, of positives and of sigmoids, (3, L) float64.
+
+    That is ``softplus(S + bias)``, S without the bias, and ``sigmoid(S + bias)``.
 
     Args:
         problem: The pairs.
@@ -55,14 +57,15 @@ def softplus_products(
     Args:
         problem: The pairs.
         bias: () float.
-        weights: (2, L) float32: ``G_ij = weights_0i sigmoid(S_ij + bias)``, plus ``weights_1i`` where ij is
-            positive.
+        weights: (2, L) float32: ``G_ij = weights_0i sigmoid(S_ij + bias)``, plus ``weights_1i``
+            where ij is positive.
         a_values: (L, E), features or others in their place.
         b_values: (S, F).
         wanted: Which products are.
 
     Returns:
-        The sums, ``G b_values`` (L, F) and ``G.T a_values`` (S, E), float32, without rows if not wanted.
+        The sums, ``G b_values`` (L, F) and ``G.T a_values`` (S, E), float32, without rows if not
+        wanted.
     """
     sums = torch.zeros((3, problem.num_rows), dtype=torch.float64, device=problem.a.device)
 
@@ -101,8 +104,8 @@ def _add_block(
 @triton.jit
 def _log1p(t):
     """log(1 + t) for 0 <= t <= 1 without a loss of digits near 0."""
-    # 2 artanh(s) with s = t / (2 + t) <= 1 / 3: what the series leaves out is s^14 / 15 < 2^-25 of it. The
-    # GPU's own logarithm has an absolute error near 1.
+    # 2 artanh(s) with s = t / (2 + t) <= 1 / 3: what the series leaves out is s^14 / 15 < 2^-25 of
+    # it. The GPU's own logarithm has an absolute error near 1.
     s = t / (2.0 + t)
     u = s * s
     series = tl.fma(u, 1.0 / 13.0, 1.0 / 11.0)
@@ -250,8 +253,8 @@ def _half(
     return softplus + sums[0], positives + sums[1], sigmoids + sums[2]
 
 
-# One program for each tile of BLOCK_M rows and BLOCK_N columns. Bound by the product, 2 D operations for
-# each pair; beside it come an exponential and two divisions.
+# One program for each tile of BLOCK_M rows and BLOCK_N columns. Bound by the product, 2 D
+# operations for each pair; beside it come an exponential and two divisions.
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def _softplus_kernel(
     a,

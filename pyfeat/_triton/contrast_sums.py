@@ -1,8 +1,8 @@
 """Log-sum-exps and positive sums of the rows and columns of similarities, in one pass over tiles.
 
-A tile leaves behind, for each of its rows, the largest similarity, the sum of exponentials relative to
-it, and the sum over positives; likewise for its columns. A second kernel merges these parts in float64,
-in the order of tiles: nothing is added atomically, so that bits are equal between runs.
+A tile leaves behind, for each of its rows, the largest similarity, the sum of exponentials relative
+to it, and the sum over positives; likewise for its columns. A second kernel merges these parts in
+float64, in the order of tiles: nothing is added atomically, so that bits are equal between runs.
 
 Rows against themselves take the tiles above the diagonal only, whose columns are rows as well.
 """
@@ -190,8 +190,9 @@ def _triangular(place):
     return place - column * (column + 1) // 2, column
 
 
-# One program for each tile of BLOCK_M rows and BLOCK_N columns. Bound by the product, 2 D operations for
-# each pair; beside it come two exponentials and at most 16 bytes (1 / BLOCK_M + 1 / BLOCK_N).
+# One program for each tile of BLOCK_M rows and BLOCK_N columns. Bound by the product, 2 D
+# operations for each pair; beside it come two exponentials and at most
+# 16 bytes (1 / BLOCK_M + 1 / BLOCK_N).
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def _pair_sums_kernel(
     a,
@@ -280,7 +281,7 @@ def _pair_sums_kernel(
     )
     if COLUMNS:
         end_column = num_columns
-        # A tile on the diagonal has stored these lines already: which of both came last would be chance.
+        # A tile on the diagonal has stored these lines already: the last to come would be chance.
         if ON_DIAGONAL:
             end_column = tl.where(row_tile == column_tile, 0, num_columns)
         _store_parts(

@@ -1,8 +1,8 @@
 """One tile of similarities of all pairs, which every kernel of the losses begins with.
 
-Products of float32 features are summed in float32 without TF32, those of 16 bits on tensor cores, which
-add up in float32. The scale comes as the sum of two float32 numbers, so that a similarity is rounded
-once more than its product, as ``scale * (a @ b.T)`` is.
+Products of float32 features are summed in float32 without TF32, those of 16 bits on tensor cores,
+which add up in float32. The scale comes as the sum of two float32 numbers, so that a similarity is
+rounded once more than its product, as ``scale * (a @ b.T)`` is.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
 
 # Tiles by the size of a feature in bytes, square ones, the largest first. Large ones read
-# 1 / block_m + 1 / block_n features for each product; where there would be fewer of them than _FEW_TILES,
-# about the processors of a GPU, small ones keep more processors busy. A stage takes
+# 1 / block_m + 1 / block_n features for each product; where there would be fewer of them than
+# _FEW_TILES, about the processors of a GPU, small ones keep more processors busy. A stage takes
 # (block_m + block_n) block_k features of the 99 KB of shared memory that every GPU has. Twice the
 # columns would leave too few registers for what becomes of a tile.
 _FEW_TILES = 128
@@ -238,8 +238,8 @@ def which_have_power(
 def halves(tile):
     """The left and the right half of a tile, without an exchange between threads.
 
-    What becomes of a tile needs several numbers for each of its columns: for half of the columns they
-    stay in registers.
+    What becomes of a tile needs several numbers for each of its columns: for half of the columns
+    they stay in registers.
     """
     parts = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
     return tl.split(tl.permute(parts, (0, 2, 1)))

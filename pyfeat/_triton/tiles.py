@@ -34,7 +34,7 @@ def _major_capability(device: torch.device) -> int:
 
 
 def even_chunk(total: int, largest: int, multiple: int) -> int:
-    """As even as can be, in multiples of ``multiple``, none above ``largest`` if that is not less."""
+    """As even as can be, in multiples of ``multiple``, at most ``largest`` unless that is less."""
     largest = max(largest // multiple * multiple, multiple)
     count = -(-total // largest)
     return -(-total // (count * multiple)) * multiple
@@ -42,7 +42,7 @@ def even_chunk(total: int, largest: int, multiple: int) -> int:
 
 @triton.jit
 def swizzled(program, num_row_blocks, num_column_blocks, SWEEP: tl.constexpr):
-    """SWEEP blocks of rows go through all blocks of columns before the next: both stay in the cache."""
+    """SWEEP blocks of rows go through all columns before the next: both stay in the cache."""
     per_sweep = SWEEP * num_column_blocks
     first = program // per_sweep * SWEEP
     height = tl.minimum(num_row_blocks - first, SWEEP)
