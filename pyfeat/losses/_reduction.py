@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyfeat import reference
@@ -54,9 +53,10 @@ def reduced_mean(
     """Mean of one or two directions, each reduced."""
     if len(directions) == 1:
         return reduced(op, *directions[0], reduction, features)
-    if reduction == "none":
-        each = torch.stack([losses.each for losses in directions]).mean(dim=0)
-        return reduced(op, each, None, reduction, features)
+    each, back = (losses.each for losses in directions)
+    everyone = all(losses.counted is None for losses in directions)
+    if len(each) == len(back) and (reduction == "none" or everyone):
+        return reduced(op, 0.5 * (each + back), None, reduction, features)
     first, second = (reduced(op, *losses, reduction, features) for losses in directions)
     return 0.5 * (first + second)
 
