@@ -21,9 +21,6 @@ WHOLE: dict[str, Callable[..., Any]] = {
         q, k, hard_negative_beta=0.5, positive_prior=0.01, temperature=1.0 / scale
     ),
     "metrics": lambda q, k, scale: nt_xent(q, k, temperature=1.0 / scale, return_metrics=True),
-}
-# What looks at labels or targets is compiled in parts.
-PARTS: dict[str, Callable[..., Any]] = {
     "labels": lambda q, k, scale: supcon_loss(torch.cat([q, k]), torch.arange(24) % 5),
     "spread": lambda q, k, scale: info_nce(q, k, targets=torch.eye(12), temperature=1.0 / scale),
 }
@@ -47,14 +44,6 @@ def test_a_loss_is_one_graph(case: str) -> None:
         torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch, about what it compiles in parts
-@pytest.mark.parametrize("case", PARTS)
-def test_a_loss_in_parts_is_the_same(case: str) -> None:
-    compiled = torch.compile(PARTS[case], backend="aot_eager")
-    for ours, eager in zip(values(compiled), values(PARTS[case]), strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-7)
-
-
 def test_what_would_give_nan_is_refused_in_a_graph_as_well() -> None:
     def loss(q: Tensor, k: Tensor, temperature: Tensor) -> Tensor:
         return info_nce(q, k, temperature=temperature)
@@ -64,9 +53,9 @@ def test_what_would_give_nan_is_refused_in_a_graph_as_well() -> None:
     assert torch.equal(
         compiled(queries, keys, torch.tensor(0.5)), info_nce(queries, keys, temperature=0.5)
     )
-    for temperature in (0.0, math.nan):
-        with pytest.raises(ValueError, match="scale must be at most 1e36"):
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="info_nce: temperature must be positive and finite"):
             compiled(queries, keys, torch.tensor(temperature))
     queries[4, 1] = math.nan
-    with pytest.raises(ValueError, match="a must be finite, got NaN or infinity in row 4"):
+    with pytest.raises(ValueError, match=r"info_nce: queries must be finite, got .* in row 4"):
         compiled(queries, keys, torch.tensor(0.5))

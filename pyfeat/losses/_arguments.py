@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyfeat._checks import check_features, check_finite, dtype_name
+from pyfeat.losses._traced import confirmed, opaque, zero
 
 _LEAST, _MOST = 1e-30, 1e30
 
@@ -16,6 +17,7 @@ _LEAST, _MOST = 1e-30, 1e30
 def checked_features(op: str, *named: tuple[str, Tensor], normalize: bool) -> list[Tensor]:
     """Checked, and of unit length if so wanted."""
     first = named[0][1]
+    checked = []
     for name, features in named:
         check_features(op, name, features)
         check_features(op, name, features, dim=first.shape[1], dtype=first.dtype)
@@ -24,68 +26,74 @@ def checked_features(op: str, *named: tuple[str, Tensor], normalize: bool) -> li
                 f"{op}: {name} must be on {first.device} like {named[0][0]}, got {features.device}"
             )
             raise ValueError(message)
-        if not _checked_by_kernels(features):
-            check_finite(op, name, features.detach())
+        checked.append(confirmed(features, _check_all_finite(features.detach(), op, name)))
     # The CPU multiplies float16 in float32. As float32 from here on, what adds up to a gradient by the
     # features may be larger than the gradient and float16 can be.
     widened = first.dtype == torch.float16 and first.device.type == "cpu"
-    checked = [features.float() if widened else features for _, features in named]
+    checked = [features.float() if widened else features for features in checked]
     if not normalize:
         return checked
     return [_normalized(features).to(features.dtype) for features in checked]
 
 
+@opaque(zero)
+def _check_all_finite(features: Tensor, op: str, name: str) -> Tensor:
+    check_finite(op, name, features)
+    return zero(features)
+
+
 def _normalized(x: Tensor) -> Tensor:
-    # In float32 at least: squares of float16 overflow.
+    # In float32 at least; norms in float64, as squares may overflow and vanish.
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [N, 1]
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)  # [N, 1]
     # Zero vectors stay zero and get no gradient.
-    return (x / norm.where(norm > 0, 1.0)).where(norm > 0, 0.0)
+    normalized: Tensor = x / norm.where(norm > 0, math.inf).to(x.dtype)
+    return normalized
 
 
 def positive_number(op: str, name: str, value: float | Tensor, features: Tensor) -> Tensor:
     """As a tensor (), with its gradient."""
-    tensor, number = _as_number(op, name, value, features)
-    if number is None:
-        return tensor
-    if not 0.0 < number < math.inf:
-        message = f"{op}: {name} must be positive and finite, got {number}"
-        raise ValueError(message)
-    # Neither it nor its inverse overflows with the products of features, which are float32.
-    if not _LEAST <= number <= _MOST:
-        message = f"{op}: {name} must be in [{_LEAST}, {_MOST}], got {number}"
-        raise ValueError(message)
-    return tensor
+    return _checked_number(op, name, value, features, positive=True)
 
 
 def finite_number(op: str, name: str, value: float | Tensor, features: Tensor) -> Tensor:
     """As a tensor (), with its gradient; at most 1e30 in magnitude."""
-    tensor, number = _as_number(op, name, value, features)
-    if number is not None and not abs(number) <= _MOST:
-        message = f"{op}: {name} must be finite and in [-1e30, 1e30], got {number}"
-        raise ValueError(message)
-    return tensor
+    return _checked_number(op, name, value, features, positive=False)
 
 
-def _checked_by_kernels(features: Tensor) -> bool:
-    """In a compiled graph, which cannot look at numbers; on the CPU they refuse what would give NaN."""
-    return torch.compiler.is_compiling() and features.device.type == "cpu"
-
-
-def _as_number(
-    op: str, name: str, value: float | Tensor, features: Tensor
-) -> tuple[Tensor, float | None]:
-    """As a tensor () and as a float of Python; None if it is left to the kernels."""
+def _checked_number(
+    op: str, name: str, value: float | Tensor, features: Tensor, *, positive: bool
+) -> Tensor:
     if not isinstance(value, Tensor):
         number = real_number(op, name, value)
-        return torch.tensor(number, dtype=torch.float64, device=features.device), number
+        _check_range(op, name, number, positive)
+        return torch.tensor(number, dtype=torch.float64, device=features.device)
     if value.numel() != 1 or not value.is_floating_point():
         message = (
             f"{op}: {name} must be a number, got {dtype_name(value.dtype)} of {tuple(value.shape)}"
         )
         raise ValueError(message)
     tensor = value.reshape(()).to(features.device)
-    return tensor, None if _checked_by_kernels(features) else float(tensor.detach())
+    return confirmed(tensor, _check_scalar(tensor.detach(), op, name, positive))
+
+
+@opaque(zero)
+def _check_scalar(value: Tensor, op: str, name: str, positive: bool) -> Tensor:
+    _check_range(op, name, float(value), positive)
+    return zero(value)
+
+
+def _check_range(op: str, name: str, number: float, positive: bool) -> None:
+    if positive and not 0.0 < number < math.inf:
+        message = f"{op}: {name} must be positive and finite, got {number}"
+        raise ValueError(message)
+    # Neither it nor its inverse overflows with the products of features, which are float32.
+    if positive and not _LEAST <= number <= _MOST:
+        message = f"{op}: {name} must be in [{_LEAST}, {_MOST}], got {number}"
+        raise ValueError(message)
+    if not abs(number) <= _MOST:
+        message = f"{op}: {name} must be finite and in [-1e30, 1e30], got {number}"
+        raise ValueError(message)
 
 
 def real_number(op: str, name: str, value: object) -> float:

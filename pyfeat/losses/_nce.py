@@ -20,6 +20,7 @@ from pyfeat.losses._positives import Positives, by_ids, by_targets, paired_ids
 from pyfeat.losses._reduction import Reduction, check_reduction, reduced_mean
 from pyfeat.losses._soft import is_soft, soft_losses
 from pyfeat.losses._softmax import checked_hardness, not_hard, pair_losses
+from pyfeat.losses._traced import confirmed, opaque, zero
 
 
 @overload
@@ -142,12 +143,7 @@ def info_nce(  # type: ignore[misc]  # options of the second stand for all keywo
             kind = "hard negatives or a prior of positives"
             check_without(op, kind, {"key_log_probabilities": key_log_probabilities})
         bias = -key_log_probabilities.detach().float()
-        worst = bias.abs().max() if len(bias) else bias.new_zeros(())
-        if not worst < math.inf:
-            message = (
-                f"{op}: key_log_probabilities must be finite, got {-bias[bias.abs().argmax()]}"
-            )
-            raise ValueError(message)
+        bias = confirmed(bias, _check_bias(bias, op))
     if symmetric:
         check_without(op, "a symmetric loss", {"extra_keys": extra_keys})
     if targets is not None and is_soft(targets):
@@ -178,6 +174,15 @@ def info_nce(  # type: ignore[misc]  # options of the second stand for all keywo
     return (
         loss if rows is None else (loss, contrast_metrics(a.detach(), b.detach(), positives, rows))
     )
+
+
+@opaque(zero)
+def _check_bias(bias: Tensor, op: str) -> Tensor:
+    worst = bias.abs().max() if len(bias) else bias.new_zeros(())
+    if not worst < math.inf:
+        message = f"{op}: key_log_probabilities must be finite, got {-bias[bias.abs().argmax()]}"
+        raise ValueError(message)
+    return zero(bias)
 
 
 def _positives_of(

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyfeat._checks import dtype_name
 from pyfeat._contrast import Pairs
 from pyfeat.losses._arguments import check_shape
+from pyfeat.losses._traced import confirmed, opaque, zero
 
 
 class Positives(NamedTuple):
@@ -31,7 +32,9 @@ def by_ids(
     if groups is not None:
         rows, columns = rows - 1.0, columns - 1.0
     counts = rows if groups is not None else torch.cat([rows, columns])
-    single = not len(counts) or float(counts.max()) <= 1.0
+    # A graph must not depend on values: it takes what is right for any number of positives.
+    known = not torch.compiler.is_compiling()
+    single = known and (not len(counts) or float(counts.max()) <= 1.0)
     pairs = Pairs(column_bias, row_ids, column_ids, groups, groups, separate_positives=single)
     return Positives(pairs, (rows, columns))
 
@@ -65,12 +68,17 @@ def _checked_targets(
     op: str, targets: Tensor, num_rows: int, num_columns: int, features: Tensor
 ) -> Tensor:
     check_ids(op, "targets", targets, num_rows, features)
-    if num_rows:
+    return confirmed(targets, _check_columns(targets, num_columns, op)).int()
+
+
+@opaque(zero)
+def _check_columns(targets: Tensor, num_columns: int, op: str) -> Tensor:
+    if len(targets):
         lowest, highest = (int(x) for x in targets.aminmax())
         if lowest < 0 or highest >= num_columns:
             message = f"{op}: targets must be in [0, {num_columns}), got {lowest} to {highest}"
             raise ValueError(message)
-    return targets.int()
+    return zero(targets)
 
 
 def paired_ids(
@@ -91,8 +99,20 @@ def paired_ids(
         raise ValueError(message)
     check_ids(op, names[0], row_ids, num_rows, features)
     check_ids(op, names[1], column_ids, num_columns, features)
-    places = torch.unique(torch.cat([row_ids, column_ids]), return_inverse=True)[1].int()
+    places = places_of(torch.cat([row_ids, column_ids]))
     return places[:num_rows], places[num_rows:]
+
+
+def _fake_places(ids: Tensor) -> Tensor:
+    return ids.new_empty(ids.shape[:1], dtype=torch.int32)
+
+
+@opaque(_fake_places)
+def places_of(ids: Tensor) -> Tensor:
+    """(N,) int32: of ids (N,), or rows (N, c) of them, their places among those that differ."""
+    dim = None if ids.ndim == 1 else 0
+    places: Tensor = torch.unique(ids, dim=dim, return_inverse=True)[1]
+    return places.int()
 
 
 def check_ids(op: str, name: str, ids: Tensor, count: int, features: Tensor) -> None:
@@ -131,7 +151,7 @@ def left_out(pairs: Pairs) -> list[tuple[float, Tensor, Tensor]]:
         return [groups]
     rows = torch.stack([pairs.row_ids, pairs.row_groups], dim=1)
     columns = torch.stack([pairs.column_ids, pairs.column_groups], dim=1)
-    both = torch.unique(torch.cat([rows, columns]), dim=0, return_inverse=True)[1]
+    both = places_of(torch.cat([rows, columns]))
     return [groups, (-1.0, both[: len(rows)], both[len(rows) :])]
 
 

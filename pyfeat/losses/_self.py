@@ -10,7 +10,7 @@ from pyfeat._checks import check_choice
 from pyfeat._contrast import Pairs
 from pyfeat.losses._arguments import check_same_length, checked_features, positive_number
 from pyfeat.losses._metrics import ContrastMetrics, contrast_metrics
-from pyfeat.losses._positives import Positives, by_ids, check_ids
+from pyfeat.losses._positives import Positives, by_ids, check_ids, places_of
 from pyfeat.losses._reduction import Reduction, check_reduction, reduced_mean
 from pyfeat.losses._softmax import checked_hardness, pair_losses
 
@@ -77,7 +77,7 @@ def supcon_loss(  # type: ignore[misc]  # options of the second stand for all ke
     check_choice(op, "average", average, ("out", "in"))
     (a,) = checked_features(op, ("features", features), normalize=normalize)
     check_ids(op, "labels", labels, len(a), a)
-    places = torch.unique(labels, return_inverse=True)[1].int()
+    places = places_of(labels)
     positives = by_ids(places, places, groups=_places(a))
     scale = 1.0 / positive_number(op, "temperature", temperature, a)
     check_reduction(op, reduction)

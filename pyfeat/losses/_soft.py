@@ -10,6 +10,7 @@ from pyfeat._checks import dtype_name
 from pyfeat._contrast import Pairs
 from pyfeat.losses._arguments import check_shape
 from pyfeat.losses._reduction import Losses, sums_over
+from pyfeat.losses._traced import confirmed, opaque, zero
 
 
 def is_soft(targets: object) -> bool:
@@ -77,13 +78,20 @@ def _checked_weights(
     weights = targets.detach()
     if weights.layout != torch.strided:
         weights = _coalesced(op, weights)
-    values = weights if weights.layout == torch.strided else weights.values()
-    if values.numel():
-        least, largest = (float(x) for x in values.aminmax())
+    if weights.layout == torch.strided:
+        return confirmed(weights, _check_weights(weights, op))
+    _check_weights(weights.values(), op)
+    return weights
+
+
+@opaque(zero)
+def _check_weights(weights: Tensor, op: str) -> Tensor:
+    if weights.numel():
+        least, largest = (float(x) for x in weights.aminmax())
         if not (least >= 0.0 and largest < math.inf):
             message = f"{op}: targets must be at least 0 and finite, got {least} to {largest}"
             raise ValueError(message)
-    return weights
+    return zero(weights)
 
 
 def _coalesced(op: str, weights: Tensor) -> Tensor:
