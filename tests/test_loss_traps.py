@@ -1,5 +1,6 @@
 """Losses over all pairs of batches that are small, degenerate or wrong."""
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -77,6 +78,16 @@ def test_zero_vectors_stay_zero_when_normalized() -> None:
     (grad,) = torch.autograd.grad(info_nce(queries, unit(6, 8), normalize=True), queries)
     assert grad.isfinite().all()
     assert (grad[2] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e36])
+def test_lengths_whose_squares_overflow_or_vanish_are_normalized(size: float) -> None:
+    queries, keys = unit(20, 8), unit(20, 8)
+    found = with_gradients(functools.partial(nt_xent, normalize=True), size * queries, size * keys)
+    expected = with_gradients(functools.partial(nt_xent, normalize=True), queries, keys)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0.0)
+    for mine, true in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(size * mine, true, rtol=1e-4, atol=1e-6)
 
 
 def test_strided_inputs_are_read_as_they_are() -> None:
