@@ -173,3 +173,22 @@ def test_autocast_changes_nothing_in_a_graph() -> None:
         return value
 
     assert_the_same(loss, module, features(), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("check_all_finite", (EXTRA, "op", "x")),
+        ("check_scalar", (torch.tensor(2.0), "op", "x", True)),
+        ("check_columns", (IDS, 12, "op")),
+        ("check_weights", (torch.rand(3, 4), "op")),
+        ("check_bias", (torch.rand(4), "op")),
+        ("places_of", (IDS.flip(0),)),
+        ("places_of", (torch.stack([IDS, TRIPLES], dim=1),)),
+    ],
+)
+def test_what_a_graph_takes_as_it_is_passes_the_checks_of_torch(
+    name: str, arguments: tuple[Any, ...]
+) -> None:
+    op = getattr(torch.ops.pyfeat, name).default
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
