@@ -5,11 +5,12 @@ between the passes: with the schedules of ``_ranks``, W - 1 transfers of feature
 gradients by columns.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyfeat._contrast_cpu import scale_gradient
 from pyfeat._pairs import Pairs, PairSums
@@ -60,6 +61,41 @@ def distributed_pair_softplus(
     return SoftplusSums(*_DistributedPairSoftplus.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
+class _Once(torch.autograd.Function):
+    """A gradient as it is, of these sources; it has no gradient itself.
+
+    Unlike that of ``once_differentiable``, its graph leads to the sources: nobody takes zeros for second
+    derivatives.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        message = "gradients over the processes of a group must be differentiated once, got twice"
+        raise RuntimeError(message)
+
+
+def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Any:
+    """Backward without a graph of its own."""
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        sources = (*ctx.saved_tensors[:3], *grads)
+        return tuple(
+            None if x is None else _Once.apply(x, *sources)  # type: ignore[no-untyped-call]
+            for x in gradients
+        )
+
+    return refusing
+
+
 class _DistributedPairSums(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,7 +130,7 @@ class _DistributedPairSums(torch.autograd.Function):
         return row_lse, column_lse, row_positives, column_positives, row_largest
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, row_lse, column_lse = ctx.saved_tensors
         pairs, columns, ranks = ctx.rest
@@ -172,7 +208,7 @@ class _DistributedPairSoftplus(torch.autograd.Function):
         return softplus, positives
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, bias, sigmoids, unit_a, unit_b = ctx.saved_tensors
         _, ranks, need_a, need_b = ctx.rest

@@ -9,7 +9,8 @@ that see own rows and the columns of others, and bring home what the steps make 
 - gather: all columns are gathered, and sums reduced to their ranks: one step, O(M D) memory for M
   columns on all ranks. Fewer and larger messages: of use where blocks are small.
 
-The ring is the default: memory does not grow with the number of ranks.
+Small blocks are gathered, where what a ring waits for W times is not the bytes; large ones go round, so
+that memory does not grow with the number of ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,16 @@ class Ranks(NamedTuple):
     @property
     def world_size(self) -> int:
         return len(self.num_columns)
+
+    @property
+    def first_row(self) -> int:
+        """How many rows the ranks before this one have."""
+        return sum(self.num_rows[: self.rank])
+
+    @property
+    def first_column(self) -> int:
+        """How many columns the ranks before this one have."""
+        return sum(self.num_columns[: self.rank])
 
 
 def over_all_columns(
@@ -121,7 +132,7 @@ def _ring(ranks: Ranks, own: Columns, step: Step, merges: Sequence[Merge]) -> li
 
 
 def _gather(ranks: Ranks, own: Columns, step: Step, merges: Sequence[Merge]) -> list[Tensor]:
-    made = step({name: _all_of(ranks, x) for name, x in own.items()})
+    made = step({name: all_columns(x, ranks) for name, x in own.items()})
     return [
         _reduced(ranks, x) if merge == "sum" else _log_sum_exp(ranks, x)
         for merge, x in zip(merges, made, strict=True)
@@ -142,7 +153,8 @@ def _own_part(ranks: Ranks, whole: Tensor) -> Tensor:
     return torch.split(whole, list(ranks.num_columns))[ranks.rank]
 
 
-def _all_of(ranks: Ranks, own: Tensor) -> Tensor:
+def all_columns(own: Tensor, ranks: Ranks) -> Tensor:
+    """(M, ...), what all ranks have of their columns (m, ...)."""
     # Broadcasts, as many bytes as one gather, take parts of different sizes without padding.
     whole = own.new_empty((sum(ranks.num_columns), *own.shape[1:]))
     _own_part(ranks, whole).copy_(own)

@@ -22,6 +22,7 @@ from pyfeat._distributed import distributed_pair_softplus, distributed_pair_sums
 from pyfeat._ranks import SCHEDULES, Ranks, Schedule
 from pyfeat._softplus import SoftplusSums
 from pyfeat.losses._group import REDUCES, Meeting, Reduce, check_backend, global_sum
+from tests.support_distributed_losses import LOSS_CASES
 from tests.test_contrast import CASES as TERMS
 from tests.test_contrast import cut
 
@@ -299,6 +300,7 @@ CASES: dict[str, Callable[[dist.ProcessGroup], Any]] = {
     **{f"total {x}": functools.partial(total, reduce=x) for x in REDUCES},
     **{f"largest {x}": functools.partial(largest_tensor, schedule=x) for x in SCHEDULES},
     **{f"sums {x}": functools.partial(sums_on_ranks, case=x) for x in SUMS},
+    **LOSS_CASES,
     **{f"softplus {x}": functools.partial(softplus_on_ranks, case=x) for x in SOFTPLUS},
 }
 

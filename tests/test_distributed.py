@@ -10,7 +10,7 @@ from torch import Tensor
 from pyfeat import reference
 from pyfeat._contrast import Pairs, PairSums, pair_sums
 from pyfeat._softplus import SoftplusSums, pair_softplus
-from pyfeat.losses._group import Meeting
+from pyfeat.losses._group import REDUCES, Meeting
 from tests.support_distributed import (
     DIM,
     DISAGREEMENTS,
@@ -25,6 +25,16 @@ from tests.support_distributed import (
     with_gradients,
     with_softplus_gradients,
 )
+from tests.support_distributed_losses import (
+    LOSSES,
+    METRICS,
+    VARIANTS,
+    Encoder,
+    encoder_gradients,
+    metrics_of,
+    whole_batch,
+)
+from tests.support_distributed_losses import with_gradients as loss_with_gradients
 
 WORLD_SIZES = tuple(SIZES)
 
@@ -94,6 +104,82 @@ def test_softplus_and_gradients_are_those_of_one_process(
         wide, lambda *x: SoftplusSums(*reference.pair_softplus(*x[:4], *x[4][1:6])), uniform=uniform
     )
     assert_as_near(results_of(ranks, f"softplus {case}"), one, exact, wide, dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_losses_and_gradients_are_those_of_one_process(
+    ranks: list[dict[str, Any]], variant: Any
+) -> None:
+    name, reduction, reduce, _, dtype = variant
+    world_size = len(ranks)
+    found = results_of(ranks, f"loss {variant}")
+    whole = whole_batch(world_size, dtype)
+    loss, *gradients, by_temperature = loss_with_gradients(LOSSES[name], whole, reduction=reduction)
+    rtol = 1e-6 if dtype == torch.float32 else 1e-12
+    close = functools.partial(torch.testing.assert_close, rtol=rtol)
+    if reduction == "none":
+        close(torch.cat([result[0] for result in found]), loss, atol=rtol)
+    else:
+        assert all(torch.equal(result[0], found[0][0]) for result in found)
+        close(found[0][0], loss, atol=0.0)
+    factor = world_size if reduce == "ddp_mean" else 1
+    for i, gradient in enumerate(gradients, 1):
+        joined = torch.cat([result[i] for result in found]) / factor
+        close(joined, gradient, atol=rtol * max(1e-3, largest_of(gradient)))
+    parts = torch.stack([result[-1] for result in found])
+    close(parts.sum() / factor, by_temperature, atol=rtol * float(parts.abs().sum()))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics_are_those_of_one_process(ranks: list[dict[str, Any]], name: str) -> None:
+    expected = metrics_of(LOSSES[name], whole_batch(len(ranks)))
+    for found in results_of(ranks, f"metrics {name}"):
+        for ours, one in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, one, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_ranks_train_like_one_process(ranks: list[dict[str, Any]], reduce: str) -> None:
+    expected = encoder_gradients(Encoder(), whole_batch(len(ranks)))
+    assert len(expected) == 5
+    for gradients in results_of(ranks, f"training {reduce}"):
+        for found, one in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found, one, rtol=1e-12, atol=1e-14)
+
+
+def test_compiled_code_calls_losses_of_a_group(ranks: list[dict[str, Any]]) -> None:
+    for found in results_of(ranks, "compiled"):
+        if len(ranks) == 2:
+            eager, compiled = found
+            assert all(torch.equal(x, y) for x, y in zip(eager, compiled, strict=True))
+
+
+def test_losses_refuse_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    refused = results_of(ranks, "refused losses")
+    for rank, (nan, dim, ids, scale, reduction, reduce, dense, twice) in enumerate(refused):
+        finite = "clip_loss: image must be finite, got NaN or infinity in row 0"
+        elsewhere = "RuntimeError: {op}: arguments must be valid on all ranks, got on rank 1: "
+        if rank == 1:
+            assert nan == f"ValueError: {finite}"
+            assert reduce.startswith(
+                "ValueError: info_nce: reduce must be one of 'ddp_mean', 'sum'"
+            )
+        else:
+            assert nan == elsewhere.format(op="clip_loss") + finite
+            assert reduce.startswith(elsewhere.format(op="info_nce") + "info_nce: reduce must be")
+        same = "must be the same on all ranks, got"
+        assert dim == f"ValueError: clip_loss: D {same} 4 on rank 0 and 3 on rank 1"
+        assert ids == f"ValueError: clip_loss: image_ids {same} None on rank 0 and given on rank 1"
+        assert scale == f"ValueError: nt_xent: scale {same} 4.0 on rank 0 and 2.0 on rank 1"
+        assert reduction == (
+            f"ValueError: supcon_loss: reduction {same} mean on rank 0 and sum on rank 1"
+        )
+        assert dense == (
+            "NotImplementedError: info_nce: group must be None with backend 'reference', got a group"
+        )
+        assert twice == (
+            "RuntimeError: gradients over the processes of a group must be differentiated once, got twice"
+        )
 
 
 def largest_of(x: Tensor) -> float:

@@ -15,9 +15,10 @@ of the loss alike. With reduction "none" a rank gets the losses of its own rows,
 ranks make of theirs.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,25 @@ from torch import Tensor
 from pyfeat._checks import check_choice, dtype_name
 from pyfeat._ranks import SCHEDULES, Ranks, Schedule, gathered
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Reduce = Literal["ddp_mean", "sum"]
 REDUCES: tuple[Reduce, ...] = ("ddp_mean", "sum")
+# Columns and their gradients of all ranks, as float32: a few milliseconds of a network at most.
+_GATHERED_BYTES = 32 << 20
+
+
+def outside_graphs(loss: Callable[P, R]) -> Callable[P, R]:
+    """With a group, a break in the graph of torch.compile, which cannot follow what ranks tell each other."""
+
+    @functools.wraps(loss)
+    def chosen(*args: P.args, **options: P.kwargs) -> R:
+        if options.get("group") is None:
+            return loss(*args, **options)
+        eager: Callable[P, R] = torch.compiler.disable(loss)  # type: ignore[no-untyped-call]
+        return eager(*args, **options)
+
+    return chosen
 
 
 class _Told(NamedTuple):
@@ -57,7 +75,9 @@ class Meeting:
 
     ranks: Ranks
 
-    def __init__(self, op: str, group: "dist.ProcessGroup", schedule: Schedule = "ring") -> None:
+    def __init__(
+        self, op: str, group: "dist.ProcessGroup", schedule: Schedule | None = None
+    ) -> None:
         _check_member(op, group)
         self._op, self._group, self._schedule = op, group, schedule
         self._own = _Told({"loss": op})
@@ -67,7 +87,7 @@ class Meeting:
 
     def tell(self, a: Tensor, b: Tensor, scale: Tensor, **same: object) -> None:
         """Rows and columns of this rank; ``same``: what else must be the same on all ranks."""
-        check_choice(self._op, "schedule", self._schedule, SCHEDULES)
+        check_choice(self._op, "schedule", self._schedule, (None, *SCHEDULES))
         check_backend(self._op, self._group, a.device)
         self._own = _Told(
             {
@@ -128,19 +148,52 @@ class Meeting:
                 f"of all ranks, got {longest:g} and scale {told[0].scale:g}"
             )
             raise ValueError(message)
+        num_columns = tuple(x.num_columns for x in told)
+        num_bytes = 8 * sum(num_columns) * int(str(told[0].same["D"]))
+        small: Schedule = "gather" if num_bytes <= _GATHERED_BYTES else "ring"
         return Ranks(
             self._group,
             dist.get_rank(self._group),
             tuple(x.num_rows for x in told),
-            tuple(x.num_columns for x in told),
-            self._schedule,
+            num_columns,
+            self._schedule or small,
         )
+
+
+class Alone:
+    """A meeting of one process, which need not tell anybody."""
+
+    ranks: Ranks | None = None
+
+    def __enter__(self) -> "Alone":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def tell(self, a: Tensor, b: Tensor, scale: Tensor, **same: object) -> None:
+        """As of ``Meeting``."""
+
+
+def meeting(
+    op: str, group: "dist.ProcessGroup | None", schedule: Schedule | None = None
+) -> Meeting | Alone:
+    """What arguments are checked in, so that what is wrong on one rank is raised on all."""
+    if group is not None:
+        return Meeting(op, group, schedule)
+    check_choice(op, "schedule", schedule, (None, *SCHEDULES))
+    return Alone()
 
 
 def _longest(x: Tensor) -> float:
     # In float64: squares of float32 overflow.
     lengths = torch.linalg.vector_norm(x.detach(), dim=1, dtype=torch.float64)
     return float(lengths.max()) if len(lengths) else 0.0
+
+
+def given(**arguments: object) -> dict[str, object]:
+    """Under their names, whether they are given: the same on all ranks, whatever they are."""
+    return {name: "given" if value is not None else None for name, value in arguments.items()}
 
 
 def _check_member(op: str, group: object) -> None:
@@ -169,12 +222,49 @@ def global_sum(values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
     return total
 
 
+def own_part(values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
+    """Values of own rows as they are; gradients as in the contract."""
+    part: Tensor = _OwnPart.apply(values, ranks, reduce)  # type: ignore[no-untyped-call]
+    return part
+
+
+def sum_over(values: Tensor, ranks: Ranks | None) -> Tensor:
+    """Of constants of all ranks; they may be written over."""
+    return _over_ranks(values, ranks, dist.ReduceOp.SUM)
+
+
+def largest_over(values: Tensor, ranks: Ranks | None) -> Tensor:
+    """Of constants of all ranks; they may be written over."""
+    return _over_ranks(values, ranks, dist.ReduceOp.MAX)
+
+
+def _over_ranks(values: Tensor, ranks: Ranks | None, op: Any) -> Tensor:
+    if ranks is not None:
+        dist.all_reduce(values, op, ranks.group)
+    return values
+
+
+def _factor(ranks: Ranks, reduce: Reduce) -> float:
+    return float(ranks.world_size) if reduce == "ddp_mean" else 1.0
+
+
 class _GlobalSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
-        ctx.factor = float(ranks.world_size) if reduce == "ddp_mean" else 1.0
+        ctx.factor = _factor(ranks, reduce)
         # An all_reduce might add in another order on every rank.
         return gathered(values, ranks).sum(dim=0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.factor * grads[0], None, None
+
+
+class _OwnPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
+        ctx.factor = _factor(ranks, reduce)
+        return values.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

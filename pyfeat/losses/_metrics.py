@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfeat.losses._positives import Positives, left_out, sums_by_id
+from pyfeat._ranks import Ranks
+from pyfeat.losses._group import sum_over
+from pyfeat.losses._positives import Positives, left_out, most_ids, sums_by_id
 
 
 class ContrastMetrics(NamedTuple):
@@ -40,46 +42,63 @@ class RowSums(NamedTuple):
 
 
 @torch.no_grad()
-def contrast_metrics(a: Tensor, b: Tensor, positives: Positives, rows: RowSums) -> ContrastMetrics:
-    """In O((N + M) D): sums of products are products of sums of features.
+def contrast_metrics(
+    a: Tensor, b: Tensor, positives: Positives, rows: RowSums, ranks: Ranks | None = None
+) -> ContrastMetrics:
+    """In O((N + M) D): sums of products are products of sums of features, of all ranks.
 
     Precision: sums of features in float64 over all rows, in float32 over those of equal ids.
     """
     counted = rows.counted
     weights = a.new_ones(len(a), dtype=torch.float64) if counted is None else counted.double()
-    number = weights.sum().clamp_min(1.0)
     counts = weights if positives.counts[0] is None else positives.counts[0] * weights
     if rows.largest_positive is None:
         best = rows.positives >= rows.largest_other
     else:
         best = rows.largest_positive > rows.largest_other
     pairs = positives.pairs
-    of_positives = (rows.positives * weights).sum()
+    each = best, rows.positives, rows.log_sum_exp.where(weights > 0, 0.0)
+    own = [weights.sum(), counts.sum(), *((x * weights).sum() for x in each)]
+    num_rows, num_positives, num_best, of_positives, log_sum_exp = sum_over(torch.stack(own), ranks)
     if pairs.column_bias is not None and pairs.row_ids is not None and pairs.column_ids is not None:
         bias = pairs.column_bias.double()[:, None]
         of_positives = of_positives - _sum_of_products(
-            weights[:, None], bias, pairs.row_ids, pairs.column_ids
+            weights[:, None], bias, pairs.row_ids, pairs.column_ids, ranks
         )
     of_positives = of_positives / rows.scale
     a = a.to(torch.promote_types(a.dtype, torch.float32)) * weights[:, None].to(a.dtype)
     b = b.to(a.dtype)
-    of_all = torch.dot(*(x.sum(dim=0, dtype=torch.float64) for x in (a, b)))
+    of_all = torch.dot(*(sum_over(x.sum(dim=0, dtype=torch.float64), ranks) for x in (a, b)))
     of_negatives = of_all - of_positives
-    num_negatives = weights.sum() * len(b) - counts.sum()
-    for sign, row_ids, column_ids in left_out(pairs):
-        of_negatives = of_negatives - sign * _sum_of_products(a, b, row_ids, column_ids)
+    num_negatives = num_rows * (len(b) if ranks is None else sum(ranks.num_columns)) - num_positives
+    for sign, row_ids, column_ids in left_out(pairs, ranks):
+        of_negatives = of_negatives - sign * _sum_of_products(a, b, row_ids, column_ids, ranks)
         ones = weights[:, None], b.new_ones(len(b), 1, dtype=torch.float64)
-        num_negatives = num_negatives - sign * _sum_of_products(*ones, row_ids, column_ids)
+        num_negatives = num_negatives - sign * _sum_of_products(*ones, row_ids, column_ids, ranks)
     values = (
-        (best * weights).sum() / number,
-        of_positives / counts.sum().clamp_min(1.0),
+        num_best / num_rows.clamp_min(1.0),
+        of_positives / num_positives.clamp_min(1.0),
         of_negatives.where(num_negatives > 0, 0.0) / num_negatives.clamp_min(1.0),
-        (rows.log_sum_exp.where(weights > 0, 0.0)).sum() / number,
+        log_sum_exp / num_rows.clamp_min(1.0),
     )
     return ContrastMetrics(*(value.float() for value in values))
 
 
-def _sum_of_products(a: Tensor, b: Tensor, row_ids: Tensor, column_ids: Tensor) -> Tensor:
-    """Of rows of a and of b with equal ids."""
-    sums = (sums_by_id(x, ids, row_ids, column_ids) for x, ids in ((a, row_ids), (b, column_ids)))
-    return torch.mul(*sums).sum(dtype=torch.float64)
+def _sum_of_products(
+    a: Tensor, b: Tensor, row_ids: Tensor, column_ids: Tensor, ranks: Ranks | None
+) -> Tensor:
+    """Of rows of a and of b of all ranks with equal ids."""
+    size = most_ids(row_ids, column_ids, ranks)
+    if ranks is None:
+        sums = (sums_by_id(x, ids, size) for x, ids in ((a, row_ids), (b, column_ids)))
+        return torch.mul(*sums).sum(dtype=torch.float64)
+    # Of so many ids at a time that the memory is that of the batch of one rank.
+    step = max(1, *ranks.num_rows, *ranks.num_columns)
+    total = a.new_zeros((), dtype=torch.float64)
+    for start in range(0, size, step):
+        products = a.new_ones(())
+        for x, ids in ((a, row_ids), (b, column_ids)):
+            here = (ids >= start) & (ids < start + step)
+            products = products * sum_over(sums_by_id(x[here], ids[here] - start, step), ranks)
+        total = total + products.sum(dtype=torch.float64)
+    return total

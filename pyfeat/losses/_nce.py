@@ -1,13 +1,16 @@
 """Losses over all pairs of two batches."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pyfeat._backends import Backend
 from pyfeat._checks import check_choice
+from pyfeat._ranks import Ranks, Schedule
 from pyfeat.losses._arguments import (
     check_same_length,
     check_shape,
@@ -15,11 +18,19 @@ from pyfeat.losses._arguments import (
     checked_features,
     positive_number,
 )
+from pyfeat.losses._group import Reduce, given, meeting, outside_graphs
 from pyfeat.losses._metrics import ContrastMetrics, contrast_metrics
-from pyfeat.losses._positives import Positives, by_ids, by_targets, paired_ids
-from pyfeat.losses._reduction import Reduction, check_reduction, reduced_mean
-from pyfeat.losses._soft import is_soft, soft_losses
-from pyfeat.losses._softmax import checked_hardness, not_hard, pair_losses
+from pyfeat.losses._positives import (
+    Positives,
+    by_ids,
+    by_targets,
+    checked_ids,
+    checked_targets,
+    places_over,
+)
+from pyfeat.losses._reduction import Reduction, check_group, check_reduction, reduced_mean
+from pyfeat.losses._soft import checked_weights, is_soft, soft_losses
+from pyfeat.losses._softmax import Hardness, checked_hardness, not_hard, pair_losses
 from pyfeat.losses._traced import confirmed, opaque, zero
 
 
@@ -41,6 +52,9 @@ def info_nce(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_metrics: Literal[False] = False,
+    group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
+    schedule: Schedule | None = None,
     backend: Backend | None = None,
 ) -> Tensor: ...
 @overload
@@ -51,7 +65,8 @@ def info_nce(
     return_metrics: Literal[True],
     **options: Any,
 ) -> tuple[Tensor, ContrastMetrics]: ...
-def info_nce(  # type: ignore[misc]  # options of the second stand for all keywords
+@outside_graphs  # type: ignore[misc]  # options of the second stand for all keywords
+def info_nce(
     queries: Tensor,
     keys: Tensor,
     *,
@@ -68,6 +83,9 @@ def info_nce(  # type: ignore[misc]  # options of the second stand for all keywo
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
+    group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
+    schedule: Schedule | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, ContrastMetrics]:
     """Cross-entropy of the similarities of every query to all keys.
@@ -103,6 +121,15 @@ def info_nce(  # type: ignore[misc]  # options of the second stand for all keywo
         reduction: "none" returns the loss of every query.
         return_metrics: Return ``(loss, ContrastMetrics)``, of queries, of which most is at hand; one more
             product of matrices if a query has several positives. Not with targets that are spread.
+        group: The loss, and metrics, are those of the batches of all its processes together, of any sizes,
+            and every one gets their values; all take part, also in backward. Targets are own keys, ids are
+            those of all processes. With reduction "none" a process gets the losses of its own queries.
+            None: this process alone.
+        reduce: What makes gradients of processes those of the loss, by parameters of encoders and of the
+            loss alike: their mean, "ddp_mean", as DistributedDataParallel takes it, or their "sum". With
+            reduction "none" they are those of the sum of what processes make of their losses.
+        schedule: "ring" lets keys travel from process to process behind the products, and holds those of
+            two; "gather" holds all at once. None: "gather" up to 32 MiB, where messages are few and small.
         backend: Backend to run; None takes the fastest that supports the inputs.
 
     Returns:
@@ -110,12 +137,14 @@ def info_nce(  # type: ignore[misc]  # options of the second stand for all keywo
 
     Raises:
         TypeError: If features are not float, or ids not int64.
-        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite.
+        ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; or if
+            arguments differ between processes that must not, or a group has no backend for such tensors.
+        RuntimeError: If another process of the group has raised.
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
     Precision: products and gradients in float32, sums of the loss in float64; everything in float64
-    for float64 features. Gradients may be differentiated once more. With targets that are spread, or
-    hard negatives, a gradient is the difference of two that are rounded each.
+    for float64 features. Gradients may be differentiated once more, but for those of a group. With
+    targets that are spread, or hard negatives, a gradient is the difference of two that are rounded each.
     Memory: O((N + M) D), and as much of the similarities as ``set_memory_budget`` lets the backward pass
     keep.
     Source: van den Oord et al., Representation learning with contrastive predictive coding, 2018,
@@ -128,37 +157,46 @@ def info_nce(  # type: ignore[misc]  # options of the second stand for all keywo
         tensor(0.3133)
     """
     op = "info_nce"
-    check_choice(op, "same_ids", same_ids, ("ignore", "positive"))
     named = [("queries", queries), ("keys", keys)]
     named += [] if extra_keys is None else [("extra_keys", extra_keys)]
-    a, b, *extra = checked_features(op, *named, normalize=normalize)
-    b = torch.cat([b, *extra]) if extra else b
-    scale = 1.0 / positive_number(op, "temperature", temperature, a)
-    hardness = checked_hardness(op, hard_negative_beta, positive_prior)
-    check_reduction(op, reduction, *((a, b) if symmetric else (a,)))
-    bias = None
-    if key_log_probabilities is not None:
-        check_shape(op, "key_log_probabilities", key_log_probabilities, (len(b),), a)
-        if hardness is not None:
-            kind = "hard negatives or a prior of positives"
-            check_without(op, kind, {"key_log_probabilities": key_log_probabilities})
-        bias = -key_log_probabilities.detach().float()
-        bias = confirmed(bias, _check_bias(bias, op))
-    if symmetric:
-        check_without(op, "a symmetric loss", {"extra_keys": extra_keys})
-    if targets is not None and is_soft(targets):
-        given = {"query_ids": query_ids, "key_ids": key_ids}
-        check_without(op, "targets that are spread over keys", given)
-        if hardness is not None:
-            raise not_hard(op, hardness, "for targets that are spread over keys")
-        if return_metrics:
-            message = f"{op}: return_metrics must be False for targets that are spread over keys, got True"
-            raise ValueError(message)
-        losses = soft_losses(op, a, b, scale, targets, bias, columns=symmetric, backend=backend)
-        return reduced_mean(op, losses, reduction, a)
-    positives = _positives_of(
-        op, a, b, targets, query_ids, key_ids, same_ids, bias, symmetric=symmetric
-    )
+    with meeting(op, group, schedule) as met:
+        check_choice(op, "same_ids", same_ids, ("ignore", "positive"))
+        a, b, *extra = checked_features(op, *named, normalize=normalize)
+        b = torch.cat([b, *extra]) if extra else b
+        scale = 1.0 / positive_number(op, "temperature", temperature, a)
+        hardness = checked_hardness(op, hard_negative_beta, positive_prior)
+        check_reduction(op, reduction, *((a, b) if symmetric else (a,)))
+        check_group(op, group, reduce, backend, a)
+        bias = _checked_bias(op, key_log_probabilities, b, hardness)
+        if symmetric:
+            check_without(op, "a symmetric loss", {"extra_keys": extra_keys})
+        ids = checked_ids(op, query_ids, key_ids, len(a), len(b), a)
+        wanted = (
+            _checked_weights(op, a, b, targets, ids, hardness, measured=return_metrics)
+            if targets is not None and is_soft(targets)
+            else _checked_positives(op, a, b, targets, ids, same_ids, bias, symmetric=symmetric)
+        )
+        met.tell(
+            a,
+            b,
+            scale if hardness is None else (1.0 + hardness.beta) * scale,
+            symmetric=symmetric,
+            reduction=reduction,
+            reduce=reduce,
+            same_ids=same_ids,
+            hard_negative_beta=hard_negative_beta,
+            positive_prior=positive_prior,
+            return_metrics=return_metrics,
+            targets="spread" if isinstance(wanted, Tensor) else None,
+            **given(query_ids=ids, key_log_probabilities=bias),
+        )
+    ranks = met.ranks
+    if isinstance(wanted, Tensor):
+        losses = soft_losses(
+            op, a, b, scale, wanted, bias, columns=symmetric, backend=backend, ranks=ranks
+        )
+        return reduced_mean(op, losses, reduction, a, ranks, reduce)
+    positives = wanted(ranks)
     losses, rows = pair_losses(
         op,
         a,
@@ -169,11 +207,25 @@ def info_nce(  # type: ignore[misc]  # options of the second stand for all keywo
         columns=symmetric,
         measured=return_metrics,
         backend=backend,
+        ranks=ranks,
     )
-    loss = reduced_mean(op, losses, reduction, a)
-    return (
-        loss if rows is None else (loss, contrast_metrics(a.detach(), b.detach(), positives, rows))
-    )
+    loss = reduced_mean(op, losses, reduction, a, ranks, reduce)
+    if rows is None:
+        return loss
+    return loss, contrast_metrics(a.detach(), b.detach(), positives, rows, ranks)
+
+
+def _checked_bias(
+    op: str, key_log_probabilities: Tensor | None, b: Tensor, hardness: Hardness | None
+) -> Tensor | None:
+    if key_log_probabilities is None:
+        return None
+    check_shape(op, "key_log_probabilities", key_log_probabilities, (len(b),), b)
+    if hardness is not None:
+        kind = "hard negatives or a prior of positives"
+        check_without(op, kind, {"key_log_probabilities": key_log_probabilities})
+    bias = -key_log_probabilities.detach().float()
+    return confirmed(bias, _check_bias(bias, op))
 
 
 @opaque(zero)
@@ -185,29 +237,55 @@ def _check_bias(bias: Tensor, op: str) -> Tensor:
     return zero(bias)
 
 
-def _positives_of(
+def _checked_weights(
+    op: str,
+    a: Tensor,
+    b: Tensor,
+    targets: Tensor,
+    ids: tuple[Tensor, Tensor] | None,
+    hardness: Hardness | None,
+    *,
+    measured: bool,
+) -> Tensor:
+    query_ids, key_ids = (None, None) if ids is None else ids
+    kind = "targets that are spread over keys"
+    check_without(op, kind, {"query_ids": query_ids, "key_ids": key_ids})
+    if hardness is not None:
+        raise not_hard(op, hardness, f"for {kind}")
+    if measured:
+        message = f"{op}: return_metrics must be False for {kind}, got True"
+        raise ValueError(message)
+    return checked_weights(op, targets, len(a), len(b), a)
+
+
+def _checked_positives(
     op: str,
     a: Tensor,
     b: Tensor,
     targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    ids: tuple[Tensor, Tensor] | None,
     same_ids: Literal["ignore", "positive"],
     bias: Tensor | None,
     *,
     symmetric: bool,
-) -> Positives:
-    ids = paired_ids(op, query_ids, key_ids, len(a), len(b), a)
+) -> Callable[[Ranks | None], Positives]:
+    """What they are once ranks are known."""
     if same_ids == "positive":
         if ids is None:
             message = f"{op}: query_ids must be given with same_ids 'positive', got None"
             raise ValueError(message)
         check_without(op, "same_ids 'positive'", {"targets": targets})
-        return by_ids(*ids, bias)
+        return lambda ranks: by_ids(*places_over(*ids, ranks), bias, ranks=ranks)
     if symmetric:
         check_without(op, "a symmetric loss", {"targets": targets})
         check_same_length(op, ("queries", "keys"), a, b)
-    return by_targets(op, targets, len(a), len(b), a, bias, ids)
+    chosen = checked_targets(op, targets, len(a), len(b), a)
+
+    def by_index(ranks: Ranks | None) -> Positives:
+        groups = None if ids is None else places_over(*ids, ranks)
+        return by_targets(chosen, len(b), bias, groups, ranks)
+
+    return by_index
 
 
 @overload
@@ -221,6 +299,9 @@ def clip_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_metrics: Literal[False] = False,
+    group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
+    schedule: Schedule | None = None,
     backend: Backend | None = None,
 ) -> Tensor: ...
 @overload
@@ -232,7 +313,8 @@ def clip_loss(
     return_metrics: Literal[True],
     **options: Any,
 ) -> tuple[Tensor, ContrastMetrics]: ...
-def clip_loss(  # type: ignore[misc]  # options of the second stand for all keywords
+@outside_graphs  # type: ignore[misc]  # options of the second stand for all keywords
+def clip_loss(
     image: Tensor,
     text: Tensor,
     logit_scale: float | Tensor,
@@ -242,6 +324,9 @@ def clip_loss(  # type: ignore[misc]  # options of the second stand for all keyw
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
+    group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
+    schedule: Schedule | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, ContrastMetrics]:
     """Symmetric cross-entropy of image and text features, pair by pair.
@@ -256,9 +341,12 @@ def clip_loss(  # type: ignore[misc]  # options of the second stand for all keyw
         image_ids: (N,) int64 with ``text_ids``: all texts with the id of an image are its positives,
             their similarities averaged (several captions of an image).
         text_ids: (M,) int64.
-        normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
+        normalize: As in ``info_nce``; also all that follow, and what is raised.
         reduction: See above.
         return_metrics: As in ``info_nce``, of images.
+        group: See above.
+        reduce: See above.
+        schedule: See above.
         backend: See above.
 
     Returns:
@@ -274,19 +362,41 @@ def clip_loss(  # type: ignore[misc]  # options of the second stand for all keyw
         tensor(0.3133)
     """
     op = "clip_loss"
-    a, b = checked_features(op, ("image", image), ("text", text), normalize=normalize)
-    scale = positive_number(op, "logit_scale", logit_scale, a)
-    check_reduction(op, reduction, a, b)
-    ids = paired_ids(op, image_ids, text_ids, len(a), len(b), a, names=("image_ids", "text_ids"))
+    with meeting(op, group, schedule) as met:
+        a, b = checked_features(op, ("image", image), ("text", text), normalize=normalize)
+        scale = positive_number(op, "logit_scale", logit_scale, a)
+        check_reduction(op, reduction, a, b)
+        check_group(op, group, reduce, backend, a)
+        names = ("image_ids", "text_ids")
+        ids = checked_ids(op, image_ids, text_ids, len(a), len(b), a, names=names)
+        if ids is None:
+            check_same_length(op, ("image", "text"), a, b)
+        met.tell(
+            a,
+            b,
+            scale,
+            reduction=reduction,
+            reduce=reduce,
+            return_metrics=return_metrics,
+            **given(image_ids=ids),
+        )
+    ranks = met.ranks
     if ids is None:
-        check_same_length(op, ("image", "text"), a, b)
-        positives = by_targets(op, None, len(a), len(b), a)
+        positives = by_targets(checked_targets(op, None, len(a), len(b), a), len(b), ranks=ranks)
     else:
-        positives = by_ids(*ids)
+        positives = by_ids(*places_over(*ids, ranks), ranks=ranks)
     losses, rows = pair_losses(
-        op, a, b, scale, positives, columns=True, measured=return_metrics, backend=backend
+        op,
+        a,
+        b,
+        scale,
+        positives,
+        columns=True,
+        measured=return_metrics,
+        backend=backend,
+        ranks=ranks,
     )
-    loss = reduced_mean(op, losses, reduction, a)
-    return (
-        loss if rows is None else (loss, contrast_metrics(a.detach(), b.detach(), positives, rows))
-    )
+    loss = reduced_mean(op, losses, reduction, a, ranks, reduce)
+    if rows is None:
+        return loss
+    return loss, contrast_metrics(a.detach(), b.detach(), positives, rows, ranks)

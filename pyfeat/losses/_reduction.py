@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyfeat import reference
 from pyfeat._backends import BACKENDS, Backend, select_backend
 from pyfeat._checks import check_choice, distance_dtype_of
 from pyfeat._contrast import Pairs, PairSums, pair_sums
+from pyfeat._distributed import distributed_pair_sums
+from pyfeat._ranks import Ranks
+from pyfeat.losses._group import REDUCES, Reduce, global_sum, own_part
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -31,12 +35,30 @@ def sums_over(
     columns: bool = False,
     largest: bool = False,
     backend: Backend | None,
+    ranks: Ranks | None = None,
 ) -> PairSums:
-    """``pair_sums`` of the backend that runs."""
+    """``pair_sums`` of the backend that runs, over the rows and columns of all ranks."""
+    if ranks is not None:
+        return distributed_pair_sums(
+            a, b, scale, pairs, columns=columns, largest=largest, ranks=ranks
+        )
     check_choice(op, "backend", backend, (None, *BACKENDS))
     if select_backend(op, backend, a) == "reference":
         return PairSums(*reference.pair_sums(a, b, scale, *pairs))
     return pair_sums(a, b, scale, pairs, columns=columns, largest=largest)
+
+
+def check_group(
+    op: str, group: object, reduce: str, backend: Backend | None, features: Tensor
+) -> None:
+    """Raise unless gradients may be reduced so, and a backend runs that takes part in a group."""
+    check_choice(op, "reduce", reduce, REDUCES)
+    if group is None:
+        return
+    check_choice(op, "backend", backend, (None, *BACKENDS))
+    if select_backend(op, backend, features) == "reference":
+        message = f"{op}: group must be None with backend 'reference', got a group"
+        raise NotImplementedError(message)
 
 
 def check_reduction(op: str, reduction: str, *directions: Tensor) -> None:
@@ -48,9 +70,16 @@ def check_reduction(op: str, reduction: str, *directions: Tensor) -> None:
 
 
 def reduced_mean(
-    op: str, directions: Sequence[Losses], reduction: Reduction, features: Tensor
+    op: str,
+    directions: Sequence[Losses],
+    reduction: Reduction,
+    features: Tensor,
+    ranks: Ranks | None = None,
+    reduce: Reduce = "ddp_mean",
 ) -> Tensor:
-    """Mean of one or two directions, each reduced."""
+    """Mean of one or two directions, each reduced, over all ranks."""
+    if ranks is not None:
+        return _reduced_over(ranks, directions, reduction, reduce).to(distance_dtype_of(features))
     if len(directions) == 1:
         return reduced(op, *directions[0], reduction, features)
     each, back = (losses.each for losses in directions)
@@ -59,6 +88,23 @@ def reduced_mean(
         return reduced(op, 0.5 * (each + back), None, reduction, features)
     first, second = (reduced(op, *losses, reduction, features) for losses in directions)
     return 0.5 * (first + second)
+
+
+def _reduced_over(
+    ranks: Ranks, directions: Sequence[Losses], reduction: Reduction, reduce: Reduce
+) -> Tensor:
+    if reduction == "none":
+        each = torch.stack([losses.each for losses in directions]).mean(dim=0)
+        return own_part(each, ranks, reduce)
+    sums = []
+    for each, counted in directions:
+        count = each.new_tensor(float(len(each))) if counted is None else counted.sum().double()
+        sums += [each.sum(), count]
+    totals = global_sum(torch.stack(sums), ranks, reduce).reshape(-1, 2)  # of losses, and counts
+    means = totals[:, 0]
+    if reduction == "mean":
+        means = means / totals[:, 1].detach().clamp_min(1.0)
+    return means.mean()
 
 
 def reduced(

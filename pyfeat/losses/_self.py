@@ -3,15 +3,18 @@
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pyfeat._backends import Backend
 from pyfeat._checks import check_choice
 from pyfeat._contrast import Pairs
+from pyfeat._ranks import Schedule
 from pyfeat.losses._arguments import check_same_length, checked_features, positive_number
+from pyfeat.losses._group import Reduce, meeting, outside_graphs
 from pyfeat.losses._metrics import ContrastMetrics, contrast_metrics
-from pyfeat.losses._positives import Positives, by_ids, check_ids, places_of
-from pyfeat.losses._reduction import Reduction, check_reduction, reduced_mean
+from pyfeat.losses._positives import Positives, by_ids, check_ids, places_over, row_indices
+from pyfeat.losses._reduction import Reduction, check_group, check_reduction, reduced_mean
 from pyfeat.losses._softmax import checked_hardness, pair_losses
 
 
@@ -25,6 +28,9 @@ def supcon_loss(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_metrics: Literal[False] = False,
+    group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
+    schedule: Schedule | None = None,
     backend: Backend | None = None,
 ) -> Tensor: ...
 @overload
@@ -35,7 +41,8 @@ def supcon_loss(
     return_metrics: Literal[True],
     **options: Any,
 ) -> tuple[Tensor, ContrastMetrics]: ...
-def supcon_loss(  # type: ignore[misc]  # options of the second stand for all keywords
+@outside_graphs  # type: ignore[misc]  # options of the second stand for all keywords
+def supcon_loss(
     features: Tensor,
     labels: Tensor,
     *,
@@ -44,6 +51,9 @@ def supcon_loss(  # type: ignore[misc]  # options of the second stand for all ke
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
+    group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
+    schedule: Schedule | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, ContrastMetrics]:
     """Supervised contrastive loss: all rows of the same label are positives of each other.
@@ -58,9 +68,12 @@ def supcon_loss(  # type: ignore[misc]  # options of the second stand for all ke
         temperature: > 0; a tensor () may have a gradient.
         average: Where positives are averaged: "out" of the logarithm, as above, or "in" it, ``loss_i =
             logsumexp_j S_ij - log mean_{j in P(i)} exp(S_ij)``, which lets positives that are far go.
-        normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
+        normalize: As in ``info_nce``; also all that follow, and what is raised.
         reduction: See above.
         return_metrics: As in ``info_nce``.
+        group: See above.
+        reduce: See above.
+        schedule: See above.
         backend: See above.
 
     Returns:
@@ -74,13 +87,25 @@ def supcon_loss(  # type: ignore[misc]  # options of the second stand for all ke
         tensor(0.5514)
     """
     op = "supcon_loss"
-    check_choice(op, "average", average, ("out", "in"))
-    (a,) = checked_features(op, ("features", features), normalize=normalize)
-    check_ids(op, "labels", labels, len(a), a)
-    places = places_of(labels)
-    positives = by_ids(places, places, groups=_places(a))
-    scale = 1.0 / positive_number(op, "temperature", temperature, a)
-    check_reduction(op, reduction)
+    with meeting(op, group, schedule) as met:
+        check_choice(op, "average", average, ("out", "in"))
+        (a,) = checked_features(op, ("features", features), normalize=normalize)
+        check_ids(op, "labels", labels, len(a), a)
+        scale = 1.0 / positive_number(op, "temperature", temperature, a)
+        check_reduction(op, reduction)
+        check_group(op, group, reduce, backend, a)
+        met.tell(
+            a,
+            a,
+            scale,
+            average=average,
+            reduction=reduction,
+            reduce=reduce,
+            return_metrics=return_metrics,
+        )
+    ranks = met.ranks
+    ids = places_over(labels, labels, ranks)
+    positives = by_ids(*ids, groups=row_indices(a, ranks), ranks=ranks)
     losses, rows = pair_losses(
         op,
         a,
@@ -90,11 +115,12 @@ def supcon_loss(  # type: ignore[misc]  # options of the second stand for all ke
         inside=average == "in",
         measured=return_metrics,
         backend=backend,
+        ranks=ranks,
     )
-    loss = reduced_mean(op, losses, reduction, a)
-    return (
-        loss if rows is None else (loss, contrast_metrics(a.detach(), a.detach(), positives, rows))
-    )
+    loss = reduced_mean(op, losses, reduction, a, ranks, reduce)
+    if rows is None:
+        return loss
+    return loss, contrast_metrics(a.detach(), a.detach(), positives, rows, ranks)
 
 
 @overload
@@ -108,6 +134,9 @@ def nt_xent(
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_metrics: Literal[False] = False,
+    group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
+    schedule: Schedule | None = None,
     backend: Backend | None = None,
 ) -> Tensor: ...
 @overload
@@ -118,7 +147,8 @@ def nt_xent(
     return_metrics: Literal[True],
     **options: Any,
 ) -> tuple[Tensor, ContrastMetrics]: ...
-def nt_xent(  # type: ignore[misc]  # options of the second stand for all keywords
+@outside_graphs  # type: ignore[misc]  # options of the second stand for all keywords
+def nt_xent(
     z1: Tensor,
     z2: Tensor,
     *,
@@ -128,6 +158,9 @@ def nt_xent(  # type: ignore[misc]  # options of the second stand for all keywor
     normalize: bool = False,
     reduction: Reduction = "mean",
     return_metrics: bool = False,
+    group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
+    schedule: Schedule | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, ContrastMetrics]:
     """Cross-entropy of every view to its partner among all other views of a batch.
@@ -141,9 +174,12 @@ def nt_xent(  # type: ignore[misc]  # options of the second stand for all keywor
         temperature: > 0; a tensor () may have a gradient.
         hard_negative_beta: As in ``info_nce``; also ``positive_prior``.
         positive_prior: See above.
-        normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised.
+        normalize: As in ``info_nce``; also all that follow, and what is raised.
         reduction: See above.
         return_metrics: As in ``info_nce``.
+        group: See above.
+        reduce: See above.
+        schedule: See above.
         backend: See above.
 
     Returns:
@@ -159,15 +195,29 @@ def nt_xent(  # type: ignore[misc]  # options of the second stand for all keywor
         tensor(0.5514)
     """
     op = "nt_xent"
-    a, b = checked_features(op, ("z1", z1), ("z2", z2), normalize=normalize)
-    check_same_length(op, ("z1", "z2"), a, b)
-    z, ids = torch.cat([a, b]), _places(a).repeat(2)
-    places = _places(z)
+    with meeting(op, group, schedule) as met:
+        a, b = checked_features(op, ("z1", z1), ("z2", z2), normalize=normalize)
+        check_same_length(op, ("z1", "z2"), a, b)
+        z = torch.cat([a, b])
+        scale = 1.0 / positive_number(op, "temperature", temperature, a)
+        hardness = checked_hardness(op, hard_negative_beta, positive_prior)
+        check_reduction(op, reduction)
+        check_group(op, group, reduce, backend, a)
+        met.tell(
+            z,
+            z,
+            scale if hardness is None else (1.0 + hardness.beta) * scale,
+            reduction=reduction,
+            reduce=reduce,
+            hard_negative_beta=hard_negative_beta,
+            positive_prior=positive_prior,
+            return_metrics=return_metrics,
+        )
+    ranks = met.ranks
+    places = row_indices(z, ranks)
+    ids = places[: len(a)].repeat(2)
     # Of every row, its partner is the only other one with its id.
     positives = Positives(Pairs(None, ids, ids, places, places, separate_positives=True))
-    scale = 1.0 / positive_number(op, "temperature", temperature, a)
-    hardness = checked_hardness(op, hard_negative_beta, positive_prior)
-    check_reduction(op, reduction)
     losses, rows = pair_losses(
         op,
         z,
@@ -177,13 +227,9 @@ def nt_xent(  # type: ignore[misc]  # options of the second stand for all keywor
         hardness=hardness,
         measured=return_metrics,
         backend=backend,
+        ranks=ranks,
     )
-    loss = reduced_mean(op, losses, reduction, z)
-    return (
-        loss if rows is None else (loss, contrast_metrics(z.detach(), z.detach(), positives, rows))
-    )
-
-
-def _places(features: Tensor) -> Tensor:
-    """Of every row, its index: no two are equal."""
-    return torch.arange(len(features), dtype=torch.int32, device=features.device)
+    loss = reduced_mean(op, losses, reduction, z, ranks, reduce)
+    if rows is None:
+        return loss
+    return loss, contrast_metrics(z.detach(), z.detach(), positives, rows, ranks)

@@ -1,13 +1,16 @@
 """The sigmoid loss: every pair is told from the others on its own."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyfeat import reference
 from pyfeat._backends import BACKENDS, Backend, select_backend
 from pyfeat._checks import check_choice
+from pyfeat._distributed import distributed_pair_softplus
 from pyfeat._pairs import Pairs
+from pyfeat._ranks import Schedule
 from pyfeat._softplus import SoftplusSums, pair_softplus
 from pyfeat.losses._arguments import (
     check_same_length,
@@ -15,10 +18,18 @@ from pyfeat.losses._arguments import (
     finite_number,
     positive_number,
 )
-from pyfeat.losses._positives import count_equal, paired_ids
-from pyfeat.losses._reduction import Reduction, check_reduction, reduced
+from pyfeat.losses._group import Reduce, given, meeting, outside_graphs
+from pyfeat.losses._positives import checked_ids, count_equal, places_over, row_indices
+from pyfeat.losses._reduction import (
+    Losses,
+    Reduction,
+    check_group,
+    check_reduction,
+    reduced_mean,
+)
 
 
+@outside_graphs
 def siglip_loss(
     image: Tensor,
     text: Tensor,
@@ -29,6 +40,9 @@ def siglip_loss(
     text_ids: Tensor | None = None,
     normalize: bool = False,
     reduction: Reduction = "mean",
+    group: "dist.ProcessGroup | None" = None,
+    reduce: Reduce = "ddp_mean",
+    schedule: Schedule | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Binary cross-entropy of all pairs of image and text features.
@@ -44,9 +58,11 @@ def siglip_loss(
             of one positive among all pairs.
         image_ids: (N,) int64 with ``text_ids``: all texts with the id of an image are its pairs.
         text_ids: (M,) int64.
-        normalize: As in ``info_nce``; also ``reduction`` and ``backend``, and what is raised. The mean is
-            over images.
+        normalize: As in ``info_nce``; also all that follow, and what is raised. The mean is over images.
         reduction: See above.
+        group: See above.
+        reduce: See above.
+        schedule: See above.
         backend: See above.
 
     Returns:
@@ -63,28 +79,45 @@ def siglip_loss(
         tensor(1.0064)
     """
     op = "siglip_loss"
-    a, b = checked_features(op, ("image", image), ("text", text), normalize=normalize)
-    ids = paired_ids(op, image_ids, text_ids, len(a), len(b), a, names=("image_ids", "text_ids"))
-    if ids is None:
-        check_same_length(op, ("image", "text"), a, b)
-    scale = positive_number(op, "logit_scale", logit_scale, a)
-    bias = finite_number(op, "logit_bias", logit_bias, a)
-    check_reduction(op, reduction)
-    check_choice(op, "backend", backend, (None, *BACKENDS))
+    with meeting(op, group, schedule) as met:
+        a, b = checked_features(op, ("image", image), ("text", text), normalize=normalize)
+        names = ("image_ids", "text_ids")
+        ids = checked_ids(op, image_ids, text_ids, len(a), len(b), a, names=names)
+        if ids is None:
+            check_same_length(op, ("image", "text"), a, b)
+        scale = positive_number(op, "logit_scale", logit_scale, a)
+        bias = finite_number(op, "logit_bias", logit_bias, a)
+        check_reduction(op, reduction)
+        check_group(op, group, reduce, backend, a)
+        check_choice(op, "backend", backend, (None, *BACKENDS))
+        met.tell(
+            a,
+            b,
+            scale,
+            logit_bias=float(bias.detach()),
+            learnable_bias=bias.requires_grad,
+            reduction=reduction,
+            reduce=reduce,
+            **given(image_ids=ids),
+        )
+    ranks = met.ranks
     if ids is None:
         # Left out of the sums, where little is left of its loss a positive pair keeps its digits.
-        places = torch.arange(len(a), dtype=torch.int32, device=a.device)
+        places = row_indices(a, ranks)
         pairs = Pairs(None, places, places, places, places)
         wide = torch.promote_types(a.dtype, torch.float32)
         products = (a.to(wide) * b.to(wide)).sum(dim=1, dtype=torch.float64)
         positives = softplus(-(scale.double() * products + bias.double()))
     else:
-        pairs = Pairs(None, ids[0], ids[1])
-        positives = -bias.double() * count_equal(*ids)[0]
-    if select_backend(op, backend, a) == "reference":
+        row_ids, column_ids = places_over(*ids, ranks)
+        pairs = Pairs(None, row_ids, column_ids)
+        positives = -bias.double() * count_equal(row_ids, column_ids, ranks)[0]
+    if ranks is not None:
+        sums = distributed_pair_softplus(a, b, scale, bias, pairs, ranks=ranks)
+    elif select_backend(op, backend, a) == "reference":
         sums = SoftplusSums(*reference.pair_softplus(a, b, scale, bias, *pairs[1:6]))
     else:
         sums = pair_softplus(a, b, scale, bias, pairs)
     # log(1 + exp(-z)) = log(1 + exp(z)) - z, for positive pairs among the sums.
     each = sums.row_softplus - sums.row_positives + positives
-    return reduced(op, each, None, reduction, a)
+    return reduced_mean(op, [Losses(each)], reduction, a, ranks, reduce)

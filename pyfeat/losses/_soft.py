@@ -8,6 +8,7 @@ from torch import Tensor
 from pyfeat._backends import Backend
 from pyfeat._checks import dtype_name
 from pyfeat._contrast import Pairs
+from pyfeat._ranks import Ranks
 from pyfeat.losses._arguments import check_shape
 from pyfeat.losses._reduction import Losses, sums_over
 from pyfeat.losses._traced import confirmed, opaque, zero
@@ -23,21 +24,21 @@ def soft_losses(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    targets: Tensor,
+    weights: Tensor,
     column_bias: Tensor | None,
     *,
     columns: bool,
     backend: Backend | None,
+    ranks: Ranks | None = None,
 ) -> list[Losses]:
     """``t_i logsumexp_j S_ij - sum_j T_ij S_ij`` of rows with sums t_i and, if wanted, of columns.
 
     The second sum is ``scale <a_i, (T b)_i>``, so that of (N, M) there is T alone.
     """
-    weights = _checked_weights(op, targets, len(a), len(b), a)
     # Gradients by both sums nearly cancel where a model is right; in 16 bits little would be left.
     a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
     pairs = Pairs(column_bias)
-    sums = sums_over(op, a, b, scale, pairs, columns=columns, backend=backend)
+    sums = sums_over(op, a, b, scale, pairs, columns=columns, backend=backend, ranks=ranks)
     losses = []
     for side, (own, other, lse) in enumerate(((a, b, sums.row_lse), (b, a, sums.column_lse))):
         if side == 1 and not columns:
@@ -65,7 +66,7 @@ def _row_sums(weights: Tensor) -> Tensor:
     return torch.sparse.sum(weights, dim=1, dtype=torch.float64).to_dense()
 
 
-def _checked_weights(
+def checked_weights(
     op: str, targets: Tensor, num_rows: int, num_columns: int, features: Tensor
 ) -> Tensor:
     """Constant, dense or COO, at least 0 and finite."""

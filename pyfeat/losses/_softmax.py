@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyfeat._backends import Backend
 from pyfeat._contrast import Pairs, PairSums
+from pyfeat._ranks import Ranks
 from pyfeat.losses._arguments import real_number
 from pyfeat.losses._metrics import RowSums
 from pyfeat.losses._positives import Positives, count_negatives
@@ -56,6 +57,7 @@ def pair_losses(
     columns: bool = False,
     measured: bool = False,
     backend: Backend | None,
+    ranks: Ranks | None = None,
 ) -> tuple[list[Losses], RowSums | None]:
     """Of rows and, if wanted, of columns; of several positives the mean is taken ``inside`` of the log.
 
@@ -73,6 +75,7 @@ def pair_losses(
             columns=columns,
             largest=measured,
             backend=backend,
+            ranks=ranks,
         )
 
     sides = range(2 if columns else 1)
@@ -81,7 +84,7 @@ def pair_losses(
     if hardness is not None:
         if not pairs.separate_positives:
             raise not_hard(op, hardness, "where a row has several positives")
-        numbers = count_negatives(positives, a, b)
+        numbers = count_negatives(positives, a, b, ranks)
         found, parts = _hard_losses(sums, positives, hardness, numbers, scale, sides)
         factor = 1.0 + hardness.beta
     elif inside:
