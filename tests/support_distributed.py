@@ -21,6 +21,7 @@ from pyfeat._contrast import Pairs, PairSums
 from pyfeat._distributed import distributed_pair_softplus, distributed_pair_sums
 from pyfeat._ranks import SCHEDULES, Ranks, Schedule
 from pyfeat._softplus import SoftplusSums
+from pyfeat.losses import _group
 from pyfeat.losses._group import REDUCES, Meeting, Reduce, check_backend, global_sum
 from tests.support_distributed_losses import LOSS_CASES
 from tests.test_contrast import CASES as TERMS
@@ -175,6 +176,15 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
 
+def schedules(group: dist.ProcessGroup) -> list[str]:
+    """What is chosen for few bytes, for one byte more than is gathered, and on request."""
+    num_bytes = 8 * 3 * 4 * dist.get_world_size(group)
+    with unittest.mock.patch.object(_group, "_GATHERED_BYTES", num_bytes):
+        few = meet(group, schedule=None).schedule
+    with unittest.mock.patch.object(_group, "_GATHERED_BYTES", num_bytes - 1):
+        return [few, meet(group, schedule=None).schedule, meet(group, schedule="gather").schedule]
+
+
 def meet(
     group: dist.ProcessGroup,
     op: str = "clip_loss",
@@ -183,7 +193,7 @@ def meet(
     scale: float = 2.0,
     value: float = 1.0,
     *,
-    schedule: Schedule = "ring",
+    schedule: Schedule | None = "ring",
     requires_grad: bool = False,
     failure: str = "",
     ids: str = "none",
@@ -296,6 +306,7 @@ CASES: dict[str, Callable[[dist.ProcessGroup], Any]] = {
     "refused": refused,
     "subgroups": subgroups,
     "backends": backends,
+    "schedules": schedules,
     **{f"disagreement {x}": functools.partial(disagreement, name=x) for x in DISAGREEMENTS},
     **{f"total {x}": functools.partial(total, reduce=x) for x in REDUCES},
     **{f"largest {x}": functools.partial(largest_tensor, schedule=x) for x in SCHEDULES},

@@ -122,7 +122,7 @@ def test_losses_and_gradients_are_those_of_one_process(
     else:
         assert all(torch.equal(result[0], found[0][0]) for result in found)
         close(found[0][0], loss, atol=0.0)
-    factor = world_size if reduce == "ddp_mean" else 1
+    factor = world_size if reduce == "ddp_mean" and reduction != "none" else 1
     for i, gradient in enumerate(gradients, 1):
         joined = torch.cat([result[i] for result in found]) / factor
         close(joined, gradient, atol=rtol * max(1e-3, largest_of(gradient)))
@@ -190,6 +190,10 @@ def test_a_ring_holds_the_columns_of_one_other_rank_only(ranks: list[dict[str, A
     block = LARGE_BLOCK * DIM
     assert set(results_of(ranks, "largest ring")) == {block}
     assert set(results_of(ranks, "largest gather")) == {len(ranks) * block}
+
+
+def test_small_blocks_are_gathered(ranks: list[dict[str, Any]]) -> None:
+    assert results_of(ranks, "schedules") == [["gather", "ring", "gather"]] * len(ranks)
 
 
 def test_totals_have_the_same_bits_on_all_ranks(ranks: list[dict[str, Any]]) -> None:

@@ -12,18 +12,25 @@ from pyfeat._backends import Backend
 from pyfeat._checks import check_features, distance_dtype_of
 from pyfeat._contrast_blocks import without_autocast
 from pyfeat.losses._arguments import check_shape, checked_features, positive_number
-from pyfeat.losses._group import Reduce
-from pyfeat.losses._prototypes import checked_batch, is_reference, prediction_losses
-from pyfeat.losses._reduction import Reduction
+from pyfeat.losses._group import Reduce, meeting, outside_graphs, sum_over
+from pyfeat.losses._prototypes import checked_batch, prediction_losses
+from pyfeat.losses._reduction import (
+    Losses,
+    Reduction,
+    check_group,
+    check_reduction,
+    is_reference,
+    reduced_mean,
+)
 from pyfeat.losses._sinkhorn import (
     assignment_scale,
     balanced_columns,
     check_iterations,
     softmax_assignment,
 )
-from pyfeat.losses._together import check_reductions, meeting, reduced_over, sum_over
 
 
+@outside_graphs
 def dino_loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -110,6 +117,7 @@ def dino_loss(
     )
 
 
+@outside_graphs
 def ibot_loss(
     student: Tensor,
     teacher: Tensor,
@@ -216,6 +224,7 @@ class DINOCenter(nn.Module):
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
 
+    @outside_graphs
     @torch.no_grad()
     def update(
         self,
@@ -253,7 +262,7 @@ class DINOCenter(nn.Module):
         for view in views:
             total[:-1] += view.sum(dim=0, dtype=torch.float64)
             total[-1] += len(view)
-        total = sum_over(met.ranks, total)
+        total = sum_over(total, met.ranks)
         count = total[-1]
         mean = (total[:-1] / count.clamp_min(1.0)).to(self.center.dtype)
         with without_autocast(w):
@@ -297,7 +306,7 @@ def _distilled(
                 f"got {len(student)} and {len(teacher)}"
             )
             raise ValueError(message)
-        check_reductions(op, options.reduction, options.reduce)
+        check_reduction(op, options.reduction)
         named = ("student_prototypes", prototypes[0]), ("teacher_prototypes", prototypes[1])
         views, b = checked_batch(op, student, len(student), named[0], normalize)
         seen, w = checked_batch(op, teacher, len(teacher), named[1], normalize)
@@ -311,7 +320,8 @@ def _distilled(
         scale = assignment_scale(op, "teacher_temperature", options.teacher_temperature, x, w)
         center = _checked_center(op, options, float(scale), b)
         counts = None if weights is None else _checked_weights(op, weights, views[0])
-        by_definition = is_reference(op, backend, options.group, b)
+        check_group(op, options.group, options.reduce, backend, b)
+        by_definition = is_reference(op, backend, b)
         met.tell(
             views[0],
             b,
@@ -338,10 +348,10 @@ def _distilled(
     if counts is not None:
         losses = losses * counts
         if options.reduction == "mean":
-            total = sum_over(met.ranks, counts.sum())
+            total = sum_over(counts.sum(), met.ranks)
             num_rows = len(counts) if met.ranks is None else sum(met.ranks.num_rows)
             losses = losses * (num_rows / total.where(total > 0, 1.0))
-    return reduced_over(met.ranks, op, losses, options.reduction, options.reduce, b)
+    return reduced_mean(op, [Losses(losses)], options.reduction, b, met.ranks, options.reduce)
 
 
 def _checked_weights(op: str, weights: Tensor, features: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ L the global loss, features_r the own rows of rank r, and W ranks, backward give
 
 where parts sum up to the gradient by the parameter that ranks share. So the mean over ranks, which
 DistributedDataParallel takes, or else the sum, is the gradient of L by every parameter, of the encoders and
-of the loss alike. With reduction "none" a rank gets the losses of its own rows, and L is the sum of what
-ranks make of theirs.
+of the loss alike. With reduction "none" a rank gets the losses of its own rows, and ``reduce`` has no part:
+the mean over ranks is the gradient of the mean of what they make of their losses, and the sum that of the sum.
 """
 
 import functools
@@ -222,12 +222,6 @@ def global_sum(values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
     return total
 
 
-def own_part(values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
-    """Values of own rows as they are; gradients as in the contract."""
-    part: Tensor = _OwnPart.apply(values, ranks, reduce)  # type: ignore[no-untyped-call]
-    return part
-
-
 def sum_over(values: Tensor, ranks: Ranks | None) -> Tensor:
     """Of constants of all ranks; they may be written over."""
     return _over_ranks(values, ranks, dist.ReduceOp.SUM)
@@ -244,27 +238,12 @@ def _over_ranks(values: Tensor, ranks: Ranks | None, op: Any) -> Tensor:
     return values
 
 
-def _factor(ranks: Ranks, reduce: Reduce) -> float:
-    return float(ranks.world_size) if reduce == "ddp_mean" else 1.0
-
-
 class _GlobalSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
-        ctx.factor = _factor(ranks, reduce)
+        ctx.factor = float(ranks.world_size) if reduce == "ddp_mean" else 1.0
         # An all_reduce might add in another order on every rank.
         return gathered(values, ranks).sum(dim=0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.factor * grads[0], None, None
-
-
-class _OwnPart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, ranks: Ranks, reduce: Reduce) -> Tensor:
-        ctx.factor = _factor(ranks, reduce)
-        return values.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

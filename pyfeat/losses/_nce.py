@@ -127,7 +127,7 @@ def info_nce(
             None: this process alone.
         reduce: What makes gradients of processes those of the loss, by parameters of encoders and of the
             loss alike: their mean, "ddp_mean", as DistributedDataParallel takes it, or their "sum". With
-            reduction "none" they are those of the sum of what processes make of their losses.
+            reduction "none" they are those of what processes make of their losses, whatever it is.
         schedule: "ring" lets keys travel from process to process behind the products, and holds those of
             two; "gather" holds all at once. None: "gather" up to 32 MiB, where messages are few and small.
         backend: Backend to run; None takes the fastest that supports the inputs.

@@ -16,12 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyfeat import reference
-from pyfeat._backends import BACKENDS, Backend, select_backend
-from pyfeat._checks import check_choice
+from pyfeat._backends import Backend
 from pyfeat._contrast import Pairs
 from pyfeat.losses._arguments import check_shape, checked_features, positive_number
-from pyfeat.losses._group import Reduce
-from pyfeat.losses._reduction import Reduction, sums_over
+from pyfeat.losses._group import Reduce, meeting, outside_graphs
+from pyfeat.losses._reduction import (
+    Losses,
+    Reduction,
+    check_group,
+    check_reduction,
+    is_reference,
+    reduced_mean,
+    sums_over,
+)
 from pyfeat.losses._sinkhorn import (
     assignment_scale,
     balanced_columns,
@@ -29,9 +36,9 @@ from pyfeat.losses._sinkhorn import (
     check_prototypes,
     softmax_assignment,
 )
-from pyfeat.losses._together import check_reductions, meeting, reduced_over
 
 
+@outside_graphs
 def swav_loss(
     views: Sequence[Tensor],
     prototypes: Tensor,
@@ -105,7 +112,7 @@ def swav_loss(
             )
             raise ValueError(message)
         check_iterations(op, iterations)
-        check_reductions(op, reduction, reduce)
+        check_reduction(op, reduction)
         named = [(f"views[{i}]", view) for i, view in enumerate(views)]
         named += [(f"queues[{i}]", queue) for i, queue in enumerate(extra)]
         checked, b = checked_batch(op, named, num_views, ("prototypes", prototypes), normalize)
@@ -116,7 +123,8 @@ def swav_loss(
             balanced = [torch.cat([x, y]) for x, y in zip(balanced, waiting, strict=True)]
         w = b.detach()
         scale = assignment_scale(op, "epsilon", epsilon, torch.cat(balanced), w)
-        by_definition = is_reference(op, backend, group, b)
+        check_group(op, group, reduce, backend, b)
+        by_definition = is_reference(op, backend, b)
         met.tell(
             features[0],
             b,
@@ -140,7 +148,7 @@ def swav_loss(
             assignment = softmax_assignment(op, x[: len(features[0])], w, scale, columns, backend)
             targets.append(assignment.mean(b))
         losses = prediction_losses(op, features, b, predicting, targets, indices, backend)
-    return reduced_over(met.ranks, op, losses, reduction, reduce, b)
+    return reduced_mean(op, [Losses(losses)], reduction, b, met.ranks, reduce)
 
 
 def prediction_losses(
@@ -184,17 +192,6 @@ def checked_batch(
         check_shape(op, name, view, tuple(features[0].shape), b)
     check_prototypes(op, prototypes[0], b)
     return features, b
-
-
-def is_reference(
-    op: str, backend: Backend | None, group: "dist.ProcessGroup | None", features: Tensor
-) -> bool:
-    check_choice(op, "backend", backend, (None, *BACKENDS))
-    chosen = select_backend(op, backend, features)
-    if chosen == "reference" and group is not None:
-        message = f"{op}: group must be None with backend 'reference', got a group"
-        raise ValueError(message)
-    return chosen == "reference"
 
 
 def _checked_indices(op: str, assigned: Sequence[int], num_views: int) -> list[int]:

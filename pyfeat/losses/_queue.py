@@ -8,7 +8,7 @@ from pyfeat._checks import DTYPES, check_features, check_finite, dtype_name
 from pyfeat._ids import as_ids
 from pyfeat._ranks import Columns, over_all_columns
 from pyfeat.losses._arguments import check_shape
-from pyfeat.losses._group import Meeting
+from pyfeat.losses._group import Meeting, outside_graphs
 
 _OP = "FeatureQueue.enqueue"
 
@@ -111,6 +111,7 @@ class FeatureQueue(nn.Module):
         """Empty the queue."""
         self.num_enqueued.zero_()
 
+    @outside_graphs
     @torch.no_grad()
     def enqueue(
         self,

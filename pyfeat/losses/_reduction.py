@@ -12,7 +12,7 @@ from pyfeat._checks import check_choice, distance_dtype_of
 from pyfeat._contrast import Pairs, PairSums, pair_sums
 from pyfeat._distributed import distributed_pair_sums
 from pyfeat._ranks import Ranks
-from pyfeat.losses._group import REDUCES, Reduce, global_sum, own_part
+from pyfeat.losses._group import REDUCES, Reduce, global_sum
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,10 +42,15 @@ def sums_over(
         return distributed_pair_sums(
             a, b, scale, pairs, columns=columns, largest=largest, ranks=ranks
         )
-    check_choice(op, "backend", backend, (None, *BACKENDS))
-    if select_backend(op, backend, a) == "reference":
+    if is_reference(op, backend, a):
         return PairSums(*reference.pair_sums(a, b, scale, *pairs))
     return pair_sums(a, b, scale, pairs, columns=columns, largest=largest)
+
+
+def is_reference(op: str, backend: Backend | None, features: Tensor) -> bool:
+    """Whether the backend that runs is the reference."""
+    check_choice(op, "backend", backend, (None, *BACKENDS))
+    return select_backend(op, backend, features) == "reference"
 
 
 def check_group(
@@ -53,10 +58,7 @@ def check_group(
 ) -> None:
     """Raise unless gradients may be reduced so, and a backend runs that takes part in a group."""
     check_choice(op, "reduce", reduce, REDUCES)
-    if group is None:
-        return
-    check_choice(op, "backend", backend, (None, *BACKENDS))
-    if select_backend(op, backend, features) == "reference":
+    if group is not None and is_reference(op, backend, features):
         message = f"{op}: group must be None with backend 'reference', got a group"
         raise NotImplementedError(message)
 
@@ -78,8 +80,9 @@ def reduced_mean(
     reduce: Reduce = "ddp_mean",
 ) -> Tensor:
     """Mean of one or two directions, each reduced, over all ranks."""
-    if ranks is not None:
-        return _reduced_over(ranks, directions, reduction, reduce).to(distance_dtype_of(features))
+    if ranks is not None and reduction != "none":
+        means = _means_over(ranks, directions, reduction, reduce)
+        return means.mean().to(distance_dtype_of(features))
     if len(directions) == 1:
         return reduced(op, *directions[0], reduction, features)
     each, back = (losses.each for losses in directions)
@@ -90,21 +93,16 @@ def reduced_mean(
     return 0.5 * (first + second)
 
 
-def _reduced_over(
+def _means_over(
     ranks: Ranks, directions: Sequence[Losses], reduction: Reduction, reduce: Reduce
 ) -> Tensor:
-    if reduction == "none":
-        each = torch.stack([losses.each for losses in directions]).mean(dim=0)
-        return own_part(each, ranks, reduce)
+    """Means, or sums, of each direction over the rows of all ranks."""
     sums = []
     for each, counted in directions:
         count = each.new_tensor(float(len(each))) if counted is None else counted.sum().double()
         sums += [each.sum(), count]
     totals = global_sum(torch.stack(sums), ranks, reduce).reshape(-1, 2)  # of losses, and counts
-    means = totals[:, 0]
-    if reduction == "mean":
-        means = means / totals[:, 1].detach().clamp_min(1.0)
-    return means.mean()
+    return totals[:, 0] / (totals[:, 1].detach().clamp_min(1.0) if reduction == "mean" else 1.0)
 
 
 def reduced(

@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyfeat import reference
-from pyfeat._backends import BACKENDS, Backend, select_backend
-from pyfeat._checks import check_choice
+from pyfeat._backends import Backend
 from pyfeat._distributed import distributed_pair_softplus
 from pyfeat._pairs import Pairs
 from pyfeat._ranks import Schedule
@@ -25,6 +24,7 @@ from pyfeat.losses._reduction import (
     Reduction,
     check_group,
     check_reduction,
+    is_reference,
     reduced_mean,
 )
 
@@ -89,7 +89,7 @@ def siglip_loss(
         bias = finite_number(op, "logit_bias", logit_bias, a)
         check_reduction(op, reduction)
         check_group(op, group, reduce, backend, a)
-        check_choice(op, "backend", backend, (None, *BACKENDS))
+        by_definition = is_reference(op, backend, a)
         met.tell(
             a,
             b,
@@ -114,7 +114,7 @@ def siglip_loss(
         positives = -bias.double() * count_equal(row_ids, column_ids, ranks)[0]
     if ranks is not None:
         sums = distributed_pair_softplus(a, b, scale, bias, pairs, ranks=ranks)
-    elif select_backend(op, backend, a) == "reference":
+    elif by_definition:
         sums = SoftplusSums(*reference.pair_softplus(a, b, scale, bias, *pairs[1:6]))
     else:
         sums = pair_softplus(a, b, scale, bias, pairs)

@@ -10,13 +10,14 @@ from pyfeat._contrast import Pairs
 from pyfeat._ranks import Ranks
 from pyfeat.losses._arguments import checked_features, positive_number
 from pyfeat.losses._assignment import Assignment
+from pyfeat.losses._group import largest_over, meeting, outside_graphs, sum_over
 from pyfeat.losses._reduction import sums_over
-from pyfeat.losses._together import log_sum_exp_over, meeting, sum_over
 
 # Of the scores in float64 at a time: what a core's cache holds, and on a GPU what keeps it busy.
 _CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 20, 64 << 20
 
 
+@outside_graphs
 def sinkhorn(
     scores: Tensor,
     *,
@@ -73,7 +74,7 @@ def sinkhorn(
     lse = s.new_full((s.shape[1],), -torch.inf, dtype=torch.float64)
     for chunk in chunks:
         lse = torch.logaddexp(lse, torch.logsumexp(chunk.double() / temperature, dim=0))
-    columns = -log_sum_exp_over(met.ranks, lse)
+    columns = -_log_sum_exp_over(lse, met.ranks)
     for _ in range(iterations - 1):
         # Half the exponentials of log-sum-exps, and no underflow: where columns sum to 1, the
         # largest entry of each is at least 1 / B and a row sums to at most K, so that none of these
@@ -81,13 +82,14 @@ def sinkhorn(
         sums = torch.zeros_like(columns)
         for chunk in chunks:
             sums += torch.softmax((chunk.double() / temperature).add_(columns), dim=1).sum(dim=0)
-        columns = columns - sum_over(met.ranks, sums).log()
+        columns = columns - sum_over(sums, met.ranks).log()
     out = torch.empty_like(s, dtype=distance_dtype_of(s), memory_format=torch.contiguous_format)
     for part, chunk in zip(torch.split(out, chunk_size), chunks, strict=True):
         part.copy_(torch.softmax((chunk.double() / temperature).add_(columns), dim=1))
     return out
 
 
+@outside_graphs
 def sinkhorn_assignment(
     features: Tensor,
     prototypes: Tensor,
@@ -176,13 +178,21 @@ def balanced_columns(
         return sums.row_lse + middle
 
     rows = features.new_zeros(len(features), dtype=torch.float64)
-    columns = -log_sum_exp_over(ranks, lse(prototypes, features, rows))
+    columns = -_log_sum_exp_over(lse(prototypes, features, rows), ranks)
     for _ in range(iterations - 1):
         rows = -lse(features, prototypes, columns)
-        columns = -log_sum_exp_over(ranks, lse(prototypes, features, rows))
+        columns = -_log_sum_exp_over(lse(prototypes, features, rows), ranks)
     # Of no features at all they are not finite.
     columns = columns.where(columns.isfinite(), 0.0)
     return (columns - columns.mean()).to(distance_dtype_of(features))
+
+
+def _log_sum_exp_over(lse: Tensor, ranks: Ranks | None) -> Tensor:
+    """Of all ranks together, from the float64 log-sum-exp of each; NaN if all are -inf."""
+    if ranks is None:
+        return lse
+    largest = largest_over(lse.clone(), ranks)
+    return sum_over((lse - largest).exp(), ranks).log() + largest
 
 
 @torch.no_grad()
