@@ -182,7 +182,7 @@ def test_autocast_changes_nothing_in_a_graph() -> None:
         ("check_scalar", (torch.tensor(2.0), "op", "x", True)),
         ("check_columns", (IDS, 12, "op")),
         ("check_weights", (torch.rand(3, 4), "op")),
-        ("check_bias", (torch.rand(4), "op")),
+        ("check_bias", (torch.rand(4), "op", "name")),
         ("places_of", (IDS.flip(0),)),
         ("places_of", (torch.stack([IDS, TRIPLES], dim=1),)),
     ],

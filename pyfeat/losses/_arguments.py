@@ -104,6 +104,26 @@ def real_number(op: str, name: str, value: object) -> float:
     return float(value)
 
 
+def checked_bias(
+    op: str, name: str, log_probabilities: Tensor | None, features: Tensor
+) -> Tensor | None:
+    """Minus the logarithms, one for every row of the features, float32 without a gradient."""
+    if log_probabilities is None:
+        return None
+    check_shape(op, name, log_probabilities, (len(features),), features)
+    bias = -log_probabilities.detach().float()
+    return confirmed(bias, _check_bias(bias, op, name))
+
+
+@opaque(zero)
+def _check_bias(bias: Tensor, op: str, name: str) -> Tensor:
+    worst = bias.abs().max() if len(bias) else bias.new_zeros(())
+    if not worst < math.inf:
+        message = f"{op}: {name} must be finite, got {-bias[bias.abs().argmax()]}"
+        raise ValueError(message)
+    return zero(bias)
+
+
 def check_shape(
     op: str, name: str, tensor: Tensor, shape: tuple[int, ...], features: Tensor
 ) -> None:

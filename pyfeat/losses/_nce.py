@@ -1,6 +1,5 @@
 """Losses over all pairs of two batches."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -13,8 +12,8 @@ from pyfeat._checks import check_choice
 from pyfeat._ranks import Ranks, Schedule
 from pyfeat.losses._arguments import (
     check_same_length,
-    check_shape,
     check_without,
+    checked_bias,
     checked_features,
     positive_number,
 )
@@ -31,7 +30,6 @@ from pyfeat.losses._positives import (
 from pyfeat.losses._reduction import Reduction, check_group, check_reduction, reduced_mean
 from pyfeat.losses._soft import checked_weights, is_soft, soft_losses
 from pyfeat.losses._softmax import Hardness, checked_hardness, not_hard, pair_losses
-from pyfeat.losses._traced import confirmed, opaque, zero
 
 
 @overload
@@ -167,7 +165,10 @@ def info_nce(
         hardness = checked_hardness(op, hard_negative_beta, positive_prior)
         check_reduction(op, reduction, *((a, b) if symmetric else (a,)))
         check_group(op, group, reduce, backend, a)
-        bias = _checked_bias(op, key_log_probabilities, b, hardness)
+        if hardness is not None:
+            kind = "hard negatives or a prior of positives"
+            check_without(op, kind, {"key_log_probabilities": key_log_probabilities})
+        bias = checked_bias(op, "key_log_probabilities", key_log_probabilities, b)
         if symmetric:
             check_without(op, "a symmetric loss", {"extra_keys": extra_keys})
         ids = checked_ids(op, query_ids, key_ids, len(a), len(b), a)
@@ -213,28 +214,6 @@ def info_nce(
     if rows is None:
         return loss
     return loss, contrast_metrics(a.detach(), b.detach(), positives, rows, ranks)
-
-
-def _checked_bias(
-    op: str, key_log_probabilities: Tensor | None, b: Tensor, hardness: Hardness | None
-) -> Tensor | None:
-    if key_log_probabilities is None:
-        return None
-    check_shape(op, "key_log_probabilities", key_log_probabilities, (len(b),), b)
-    if hardness is not None:
-        kind = "hard negatives or a prior of positives"
-        check_without(op, kind, {"key_log_probabilities": key_log_probabilities})
-    bias = -key_log_probabilities.detach().float()
-    return confirmed(bias, _check_bias(bias, op))
-
-
-@opaque(zero)
-def _check_bias(bias: Tensor, op: str) -> Tensor:
-    worst = bias.abs().max() if len(bias) else bias.new_zeros(())
-    if not worst < math.inf:
-        message = f"{op}: key_log_probabilities must be finite, got {-bias[bias.abs().argmax()]}"
-        raise ValueError(message)
-    return zero(bias)
 
 
 def _checked_weights(
