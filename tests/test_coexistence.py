@@ -62,6 +62,44 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
 
 
+FORKED = "import pyfeat; assert (pyfeat.knn(x, x).indices[:, 0] == np.arange(len(x))).all()"
+FORKS = {
+    "before its first search": f"""
+import pyfeat
+child = os.fork()
+if child == 0:
+    {FORKED}
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+""",
+    "before it is imported": f"""
+child = os.fork()
+if child == 0:
+    {FORKED}
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+""",
+    "by multiprocessing": f"""
+import multiprocessing
+def search():
+    {FORKED}
+child = multiprocessing.get_context("fork").Process(target=search)
+child.start()
+child.join()
+assert child.exitcode == 0
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fork", FORKS)
+def test_a_process_forked_after_torch_has_used_its_threads_can_search(fork: str) -> None:
+    # The runtime that torch has started would wait in the child for threads of the parent.
+    wake = "import os, torch; torch.set_num_threads(2); torch.randn(1000, 1000).exp()"
+    program = "\n".join([PREPARE, wake, FORKS[fork]])
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
+
+
 def test_searches_from_several_threads_at_once_agree() -> None:
     program = f"""{PREPARE}
 import pyfeat

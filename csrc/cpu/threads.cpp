@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/threads.hpp"
 
+#include <algorithm>
 #include <condition_variable>
 #include <exception>
+#include <fstream>
 #include <mutex>
+#include <sstream>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -137,30 +141,55 @@ class ThreadPool {
     std::uint64_t generation_ = 0;
 };
 
-// Threads do not survive a fork, and the runtime would wait for its own in the child.
-std::atomic<bool>& has_forked() {
-    static std::atomic<bool> forked{false};
-    return forked;
+// Whether this process began as a copy of another one. Threads do not survive that: the runtime
+// would wait for ever for those that it had in the parent.
+bool began_by_fork() {
+#if defined(__linux__)
+    constexpr unsigned kForkedWithoutExec = 0x40;  // PF_FORKNOEXEC
+    std::ifstream file("/proc/self/stat");
+    std::string text;
+    std::getline(file, text);
+    // The name, in parentheses, may hold spaces; state, five ids and the flags follow.
+    std::istringstream fields(text.substr(std::min(text.rfind(')'), text.size() - 1) + 1));
+    std::string skipped;
+    unsigned flags = kForkedWithoutExec;
+    for (int i = 0; i < 6; ++i) {
+        fields >> skipped;
+    }
+    return !(fields >> flags) || (flags & kForkedWithoutExec) != 0;
+#else
+    return true;
+#endif
 }
 
-const SharedRuntime& shared_runtime() {
-    static const SharedRuntime runtime("GOMP_parallel"), none;
-    return has_forked().load(std::memory_order_relaxed) ? none : runtime;
+std::atomic<bool>& has_forked() {
+    static std::atomic<bool> forked{began_by_fork()};
+    return forked;
 }
 
 std::atomic<ThreadPool*>& current_pool() {
     // Never destroyed: its threads sleep until the process ends.
-    static std::atomic<ThreadPool*> pool{[] {
-#if defined(__unix__) || defined(__APPLE__)
-        // Locks may be held for ever by threads that are gone: start afresh.
-        pthread_atfork(nullptr, nullptr, [] {
-            has_forked().store(true, std::memory_order_relaxed);
-            current_pool().store(new ThreadPool);
-        });
-#endif
-        return new ThreadPool;
-    }()};
+    static std::atomic<ThreadPool*> pool{new ThreadPool};
     return pool;
+}
+
+// From the moment that this library is loaded: its first call may come after a fork.
+[[maybe_unused]] const bool watches_forks = [] {
+    has_forked();
+    current_pool();
+#if defined(__unix__) || defined(__APPLE__)
+    // Locks may be held for ever by threads that are gone: start afresh.
+    pthread_atfork(nullptr, nullptr, [] {
+        has_forked().store(true, std::memory_order_relaxed);
+        current_pool().store(new ThreadPool);
+    });
+#endif
+    return true;
+}();
+
+const SharedRuntime& shared_runtime() {
+    static const SharedRuntime runtime("GOMP_parallel"), none;
+    return has_forked().load(std::memory_order_relaxed) ? none : runtime;
 }
 
 }  // namespace
@@ -215,8 +244,8 @@ void Execution::parallel_for(std::int64_t num_tasks,
         }
     };
     const int workers = static_cast<int>(num_tasks < num_threads_ ? num_tasks : num_threads_);
-    ThreadPool* const own = current_pool().load();
-    if (workers == 1 || !(shared_runtime().run(workers, work) || own->run(workers, work))) {
+    if (workers == 1 ||
+        !(shared_runtime().run(workers, work) || current_pool().load()->run(workers, work))) {
         work(0);
     }
     if (error) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A small thread pool of our own: a second OpenMP runtime in the process of torch, faiss or
-// scikit-learn crashes or oversubscribes.
+// Loops over tasks on several threads: those of the OpenMP runtime that the process has loaded, or
+// a small pool of our own. Linked, a second runtime beside that of torch, faiss or scikit-learn
+// crashes or oversubscribes.
 #pragma once
 
 #include <atomic>
@@ -31,9 +32,9 @@ class Execution {
     bool stop_requested();
 
     // Calls body(task, worker) for every task in [0, num_tasks), worker < num_threads(). Tasks are
-    // handed out in order as workers become free; the calling thread is worker 0. An exception of
-    // `body` is rethrown here. While another thread's loop runs, the loop runs on the calling
-    // thread alone.
+    // handed out in order as workers become free; the calling thread is one of them. An exception
+    // of `body` is rethrown here. While the pool of our own runs another thread's loop, the loop
+    // runs on the calling thread alone.
     void parallel_for(std::int64_t num_tasks,
                       const std::function<void(std::int64_t task, int worker)>& body);
 
