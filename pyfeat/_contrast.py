@@ -71,8 +71,8 @@ def memory_budget() -> int:
 def set_memory_budget(num_bytes: int) -> None:
     """Let the losses keep so many bytes of similarities from the forward to the backward pass.
 
-    What is kept is not computed again: with all 4 N M bytes a third product of matrices in four is
-    saved. 256 MiB to begin with; on the CPU only.
+    What is kept is not computed again: all 4 N M bytes save one product of matrices in four. 256 MiB to
+    begin with; on the CPU only, and not of float64 features.
 
     Args:
         num_bytes: At least 0.
@@ -120,7 +120,8 @@ def pair_sums(
         and pairs.column_ids is pairs.row_ids
         and pairs.column_groups is pairs.row_groups
     )
-    kept_bytes = memory_budget() if wanted and a.device.type == "cpu" else 0
+    keeps = wanted and a.device.type == "cpu" and a.dtype != torch.float64
+    kept_bytes = memory_budget() if keeps else 0
     *sums, _ = torch.ops.pyfeat.pair_sums(a, b, scale, *pairs, columns, largest, itself, kept_bytes)
     return PairSums(*sums)
 

@@ -21,7 +21,6 @@ def opaque(fake: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]
     def register(function: Callable[P, R]) -> Callable[P, R]:
         name = function.__name__.lstrip("_")
         schema = torch.library.infer_schema(function, mutates_args=())
-        schema = torch.library.infer_schema(function, mutates_args=())
         torch.library.define(f"pyfeat::{name}", schema)
         torch.library.impl(f"pyfeat::{name}", "default", function)
         torch.library.register_fake(f"pyfeat::{name}", fake)
