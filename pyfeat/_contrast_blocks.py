@@ -13,23 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfeat._pairs import Pairs
+from pyfeat._pairs import Pairs, WeightedSide
 
 # Rows and columns of a block: 8 MiB in float64, where products run at full speed.
 SIDE = 1024
 
 
-class Side(NamedTuple):
-    """Of the rows or the columns, float64: log-sum-exps, and gradients by them and by positive sums."""
-
-    lse: Tensor
-    grad_lse: Tensor
-    grad_positives: Tensor
-
-
 # By the dimension that sums are over: 1, columns, for sums of rows, and 0, rows, if those of columns
 # are wanted.
-Sides = Mapping[int, Side]
+Sides = Mapping[int, WeightedSide]
 
 
 class Block(NamedTuple):
@@ -71,9 +63,9 @@ class Block(NamedTuple):
 
     def positive_weights(self, sides: Sides) -> Tensor:
         """[l, s] gradients by positive sums, of rows and of columns, where a pair is positive."""
-        weights = self.spread(sides[1].grad_positives, 1)
+        weights = self.spread(sides[1].positives, 1)
         if 0 in sides:
-            weights = weights + self.spread(sides[0].grad_positives, 0)
+            weights = weights + self.spread(sides[0].positives, 0)
         return self.at_positives(weights)
 
 
@@ -200,7 +192,7 @@ def products(
         for block in blocks(a, b, scale, pairs):
             weights = block.positive_weights(sides)  # G, [l, s]
             for dim, side in sides.items():
-                weights += block.spread(side.grad_lse, dim) * block.softmax(side.lse, dim)
+                weights += block.spread(side.weights, dim) * block.softmax(side.lse, dim)
             weights = weights.to(a.dtype)
             by_a[block.rows] += weights @ b_values[block.columns]
             by_b[block.columns] += weights.T @ a_values[block.rows]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyfeat import _C, _contrast_blocks
 from pyfeat._checks import as_matrix, with_contiguous_rows
-from pyfeat._pairs import Pairs
+from pyfeat._pairs import Pairs, WeightedSide
 
 
 class KeptPairs:
@@ -178,4 +178,4 @@ def weighted(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tens
 def sides_by_dim(columns: bool, *vectors: Tensor) -> _contrast_blocks.Sides:
     """From log-sum-exps, gradients by them and by positive sums, each of rows and of columns."""
     by_dim = (vectors[1::2], vectors[::2])
-    return {dim: _contrast_blocks.Side(*by_dim[dim]) for dim in ((0, 1) if columns else (1,))}
+    return {dim: WeightedSide(*by_dim[dim]) for dim in ((0, 1) if columns else (1,))}

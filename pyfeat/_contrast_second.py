@@ -92,7 +92,7 @@ def second_gradients(
             weights, curvatures = block.positive_weights(sides), torch.zeros_like(slopes)
             for dim, mean in means.items():
                 powers = block.softmax(mean.lse, dim)
-                powers *= block.spread(sides[dim].grad_lse, dim)
+                powers *= block.spread(sides[dim].weights, dim)
                 weights += powers
                 powers *= changes - block.spread(mean.changes, dim)
                 curvatures += powers

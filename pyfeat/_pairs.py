@@ -39,8 +39,11 @@ class PairSums(NamedTuple):
 
 
 class WeightedSide(NamedTuple):
-    """Of the rows or of the columns, float64: what ``weighted_features`` makes of their pairs."""
+    """Of the rows or of the columns, float64: what their pairs weigh.
+
+    For a gradient, weights are the gradients by log-sum-exps and by sums over positives.
+    """
 
     lse: Tensor
-    weights: Tensor
-    positives: Tensor
+    weights: Tensor  # of exp(S - lse)
+    positives: Tensor  # of positive pairs, added

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pyfeat import _contrast, _contrast_blocks, reference
-from pyfeat._contrast import Pairs, pair_sums
-from pyfeat._contrast_blocks import Side
+from pyfeat._contrast import Pairs, WeightedSide, pair_sums
 from pyfeat._contrast_second import second_gradients
 from pyfeat.losses import clip_loss, info_nce, nt_xent, supcon_loss
 from tests.support_losses import LargestTensor
@@ -184,7 +183,9 @@ def test_no_tensor_of_all_pairs_exists() -> None:
     block = _contrast_blocks.SIDE**2
     with LargestTensor() as largest:  # type: ignore[no-untyped-call]
         sums = _contrast_blocks.sums(a, b, scale, pairs, columns=True, largest=True)
-        sides = {1 - i: Side(sums[i], torch.randn(count), torch.randn(count)) for i in (0, 1)}
+        sides = {
+            1 - i: WeightedSide(sums[i], torch.randn(count), torch.randn(count)) for i in (0, 1)
+        }
         _contrast_blocks.gradients(a, b, scale, pairs, sides)
         second_gradients(a, b, scale, pairs, sides, (a.flip(0), b.flip(0), scale))
     assert largest.elements == block
