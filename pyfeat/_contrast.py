@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyfeat import _contrast_cpu, _contrast_cuda, _contrast_second
 from pyfeat._contrast_cpu import kept_panels, sides_by_dim
+from pyfeat._derivatives import differentiable
 from pyfeat._pairs import Pairs, PairSums, WeightedSide
 
 __all__ = [
@@ -122,7 +123,7 @@ def pair_sums(
     )
     keeps = wanted and a.device.type == "cpu" and a.dtype != torch.float64
     kept_bytes = memory_budget() if keeps else 0
-    *sums, _ = torch.ops.pyfeat.pair_sums(a, b, scale, *pairs, columns, largest, itself, kept_bytes)
+    *sums, _ = _pair_sums(a, b, scale, *pairs, columns, largest, itself, kept_bytes)
     return PairSums(*sums)
 
 
@@ -253,7 +254,7 @@ torch.library.impl("pyfeat::weighted_features", "CUDA", _contrast_cuda.weighted)
 torch.library.register_fake("pyfeat::pair_sums", _forward_fake)
 torch.library.register_fake("pyfeat::pair_sums_backward", _backward_fake)
 torch.library.register_fake("pyfeat::weighted_features", _weighted_fake)
-torch.library.register_autograd("pyfeat::pair_sums", _backward, setup_context=_keep_for_backward)
+_pair_sums = differentiable("pair_sums", _backward, _keep_for_backward)
 torch.library.impl("pyfeat::pair_sums_second", "default", _second)
 torch.library.register_fake("pyfeat::pair_sums_second", _second_fake)
 torch.library.register_autograd(

@@ -13,6 +13,7 @@ from pyfeat import _C, _contrast_cuda, _contrast_second, _softplus_blocks
 from pyfeat._checks import as_matrix, with_contiguous_rows
 from pyfeat._contrast_blocks import wide_dtype
 from pyfeat._contrast_cpu import KeptPairs, scale_gradient
+from pyfeat._derivatives import differentiable
 from pyfeat._pairs import Pairs
 
 
@@ -58,7 +59,7 @@ def pair_softplus(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pair
     """
     wanted = torch.is_grad_enabled()
     need_scale = scale.requires_grad and not b.requires_grad
-    softplus, positives, *_ = torch.ops.pyfeat.pair_softplus(
+    softplus, positives, *_ = _pair_softplus(
         a,
         b,
         scale,
@@ -226,9 +227,7 @@ for _device in ("CPU", "CUDA"):
     torch.library.impl("pyfeat::pair_softplus_backward", _device, _run_backward)
 torch.library.register_fake("pyfeat::pair_softplus", _forward_fake)
 torch.library.register_fake("pyfeat::pair_softplus_backward", _backward_fake)
-torch.library.register_autograd(
-    "pyfeat::pair_softplus", _backward, setup_context=_keep_for_backward
-)
+_pair_softplus = differentiable("pair_softplus", _backward, _keep_for_backward)
 torch.library.impl("pyfeat::pair_softplus_second", "default", _second)
 torch.library.register_fake("pyfeat::pair_softplus_second", _second_fake)
 torch.library.register_autograd(

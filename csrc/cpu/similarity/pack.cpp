@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <deque>
 #include <limits>
+#include <mutex>
 #include <new>
 
 #include "check.hpp"
@@ -17,7 +19,7 @@ namespace pyfeat {
 namespace {
 
 constexpr std::int64_t kSampledRows = 4096;
-constexpr std::int64_t kRowsPerTask = 1024;
+constexpr std::int64_t kRowsPerTask = 128;
 
 // Error of one packed score. Everything is in the frame's units; u = 2^-24, x and q are the exact
 // transformed row and query, x^ and q^ what is packed.
@@ -128,6 +130,77 @@ PackedLane pack_lane(const Rows& memory,
     return done;
 }
 
+struct Block {
+    float* data = nullptr;
+    std::int64_t num_bytes = 0;
+};
+
+float* allocate(std::int64_t num_bytes) {
+    auto* data = static_cast<float*>(
+        ::operator new(static_cast<std::size_t>(num_bytes), std::align_val_t{64}));
+    prefer_huge_pages(data, num_bytes);
+    return data;
+}
+
+void release(const Block& block) {
+    ::operator delete(block.data, std::align_val_t{64});
+}
+
+// Blocks that are not in use, longest unused first.
+class SpareBlocks {
+  public:
+    // Never destroyed: blocks may be given back until the process ends.
+    static SpareBlocks& all() {
+        static auto* const blocks = new SpareBlocks;
+        return *blocks;
+    }
+
+    // The smallest block with so much room, though not more than twice as much; none: null.
+    Block take(std::int64_t num_bytes) {
+        // A process that was forked while another thread held the lock does without.
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        if (!lock.owns_lock()) {
+            return {};
+        }
+        auto best = blocks_.end();
+        for (auto it = blocks_.begin(); it != blocks_.end(); ++it) {
+            if (it->num_bytes >= num_bytes && it->num_bytes / 2 <= num_bytes &&
+                (best == blocks_.end() || it->num_bytes < best->num_bytes)) {
+                best = it;
+            }
+        }
+        if (best == blocks_.end()) {
+            return {};
+        }
+        const Block block = *best;
+        blocks_.erase(best);
+        num_bytes_ -= block.num_bytes;
+        return block;
+    }
+
+    void give(const Block& block) {
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        if (!lock.owns_lock() || block.num_bytes < kLeast || block.num_bytes > kMost) {
+            release(block);
+            return;
+        }
+        while (num_bytes_ + block.num_bytes > kMostInAll) {
+            num_bytes_ -= blocks_.front().num_bytes;
+            release(blocks_.front());
+            blocks_.pop_front();
+        }
+        blocks_.push_back(block);
+        num_bytes_ += block.num_bytes;
+    }
+
+  private:
+    static constexpr std::int64_t kLeast = 16 << 10, kMost = 8 << 20, kMostInAll = 32 << 20;
+
+    std::mutex mutex_;
+    std::deque<Block> blocks_;
+    std::int64_t num_bytes_ = 0;
+};
+
 void lower(std::atomic<std::int64_t>& least, std::int64_t value) {
     std::int64_t seen = least.load();
     while ((seen < 0 || value < seen) && !least.compare_exchange_weak(seen, value)) {
@@ -154,18 +227,20 @@ void prefer_huge_pages(void* data, std::int64_t num_bytes) {
 }
 
 void AlignedFloats::reserve(std::int64_t count) {
-    if (data_ == nullptr || count > capacity_) {
-        const auto bytes =
-            static_cast<std::size_t>(std::max<std::int64_t>(count, 1)) * sizeof(float);
-        data_.reset();
-        data_.reset(static_cast<float*>(::operator new(bytes, std::align_val_t{64})));
-        prefer_huge_pages(data_.get(), static_cast<std::int64_t>(bytes));
-        capacity_ = count;
+    const auto num_bytes = std::max<std::int64_t>(count, 1) * std::int64_t{sizeof(float)};
+    if (data_ != nullptr && num_bytes <= data_.get_deleter().num_bytes) {
+        return;
     }
+    data_.reset();
+    Block block = SpareBlocks::all().take(num_bytes);
+    if (block.data == nullptr) {
+        block = {allocate(num_bytes), num_bytes};
+    }
+    data_ = {block.data, GiveBack{block.num_bytes}};
 }
 
-void AlignedFloats::Free::operator()(float* p) const {
-    ::operator delete(p, std::align_val_t{64});
+void AlignedFloats::GiveBack::operator()(float* block) const {
+    SpareBlocks::all().give({block, num_bytes});
 }
 
 double row_scale(double squared_norm, Metric metric) {

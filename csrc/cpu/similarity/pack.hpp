@@ -14,14 +14,16 @@
 
 namespace pyfeat {
 
-// Floats on a 64-byte boundary, uninitialised.
 // A large block is written once and read a few times: filling it page by page costs as much as
 // that.
 void prefer_huge_pages(void* data, std::int64_t num_bytes);
 
+// Floats on a 64-byte boundary, uninitialised. Blocks of 16 KB to 8 MB that are given back are kept
+// for the next call, 32 MB in all: on small batches the page faults of new ones take longer than
+// the products.
 class AlignedFloats {
   public:
-    // Room for `count` values; what was there is lost if that takes a new block.
+    // Room for `count` values; what was there is lost if that takes another block.
     void reserve(std::int64_t count);
 
     float* data() {
@@ -32,11 +34,11 @@ class AlignedFloats {
     }
 
   private:
-    struct Free {
-        void operator()(float* p) const;
+    struct GiveBack {
+        std::int64_t num_bytes;
+        void operator()(float* block) const;
     };
-    std::unique_ptr<float, Free> data_;
-    std::int64_t capacity_ = 0;
+    std::unique_ptr<float, GiveBack> data_;
 };
 
 // How much to take at a time of `total`: as even as can be, in multiples of `multiple`, none above

@@ -81,7 +81,7 @@ inline double largest_norm(const Rows& rows,
                            const char* name,
                            const Kernels& kernels,
                            Execution& execution) {
-    constexpr std::int64_t kPerTask = 1024;
+    constexpr std::int64_t kPerTask = 128;
     const RowKernels& row_kernels = kernels.row_kernels(rows.dtype);
     const std::int64_t num_tasks = (rows.num_rows + kPerTask - 1) / kPerTask;
     std::vector<double> largest(static_cast<std::size_t>(num_tasks), 0.0);
