@@ -61,7 +61,8 @@ def deform_attn(
         a = a.softmax(dim=-1)
 
     # Of the level of every point: sizes and steps along x, y, z, and its first cell.
-    levels = torch.arange(len(shapes)).repeat_interleave(torch.tensor(num_points)).to(v.device)
+    level_of = [level for level, count in enumerate(num_points) for _ in range(count)]
+    levels = torch.tensor(level_of, dtype=torch.int64, device=v.device)  # [T]
     sizes = torch.tensor(shapes, device=v.device).view(-1, ndim).flip(1)[levels]  # [T, n]
     steps = torch.cat([torch.ones_like(sizes[:, :1]), sizes[:, :-1].cumprod(dim=1)], dim=1)
     cells = [math.prod(shape) for shape in shapes]
