@@ -281,4 +281,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("powers"),
           py::arg("isa") = "");
     bind_contrast(m);
+    bind_sampling(m);
 }

@@ -19,6 +19,8 @@ namespace py = pybind11;
 
 // Sums over all pairs and their gradients.
 void bind_contrast(py::module_& m);
+// Deformable attention.
+void bind_sampling(py::module_& m);
 
 // address, rows, columns, row stride in elements, dtype
 using Matrix = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, Dtype>;

@@ -174,4 +174,36 @@ struct SearchCounters {
     std::int64_t exhaustive = 0;  // queries that took every row in float64
 };
 
+constexpr int kMaxDims = 3;
+
+// Deformable attention. Real is the dtype of locations and weights: double if values are, else
+// float.
+struct DeformAttnParams {
+    std::int64_t batch, num_cells, heads, dim, num_queries;  // B, S, H, D, Q
+    const void* value;                                       // [B, S, H, D]
+    Dtype dtype;
+    std::int64_t value_strides[3];  // of B, S, H
+
+    int num_dims;                          // n
+    std::vector<std::int64_t> shapes;      // [L n], in the order of the axes in memory
+    std::vector<std::int64_t> num_points;  // [L]
+    bool border, align_corners, discrete, softmax;
+
+    const void* locations;             // [B, Q, H, T, n], x first, [T, n] contiguous
+    std::int64_t location_strides[3];  // of B, Q, H
+    const void* weights;               // [B, Q, H, T]
+    std::int64_t weight_strides[3];
+};
+
+// Contiguous arrays of Real; null where not wanted, but that of values is added to.
+struct DeformAttnGradients {
+    const void* upstream;  // [B, Q, H, D]
+    void *value, *locations, *weights;
+};
+
+struct DeformAttnSecond {
+    const void *by_value, *by_locations, *by_weights;  // cotangents of the gradients, contiguous
+    void* output;                                      // [B, Q, H, D]
+};
+
 }  // namespace pyfeat

@@ -148,3 +148,45 @@ def softplus_cpu(
 ) -> None: ...
 def tile_shape(isa: str = "") -> tuple[int, int]: ...
 def power_of_two(exponents: int, count: int, powers: int, isa: str = "") -> None: ...
+
+# address, dtype, strides of B, S, H
+_Value = tuple[int, Dtype, int, int, int]
+# dimensions, shapes, points of each level, border, align_corners, discrete, softmax
+_Levels = tuple[int, list[int], list[int], bool, bool, bool, bool]
+# address, strides of B, Q, H
+_Points = tuple[int, int, int, int]
+_Addresses = tuple[int, int, int]
+
+def deform_attn_cpu(
+    value: _Value,
+    sizes: tuple[int, int, int, int, int],
+    levels: _Levels,
+    locations: _Points,
+    weights: _Points,
+    output: int,
+    num_threads: int,
+    isa: str = "",
+) -> None: ...
+def deform_attn_backward_cpu(
+    value: _Value,
+    sizes: tuple[int, int, int, int, int],
+    levels: _Levels,
+    locations: _Points,
+    weights: _Points,
+    grad_output: int,
+    gradients: _Addresses,
+    num_threads: int,
+    isa: str = "",
+) -> None: ...
+def deform_attn_second_cpu(
+    value: _Value,
+    sizes: tuple[int, int, int, int, int],
+    levels: _Levels,
+    locations: _Points,
+    weights: _Points,
+    grad_output: int,
+    cotangents: _Addresses,
+    gradients: tuple[_Addresses, int],
+    num_threads: int,
+    isa: str = "",
+) -> None: ...

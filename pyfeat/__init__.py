@@ -4,14 +4,15 @@ An import goes down this picture, never up::
 
     pipelines   pyfeat.anomaly (fit, score, report)     pyfeat command line
     objects     MemoryBank    PatchCore
-    ops         knn    greedy_coreset    match    losses (info_nce, clip, siglip, supcon, swav, ...)
-    engine      similarity: tiles of A B^T that are used and dropped, never stored
+    ops         knn    greedy_coreset    match    losses (info_nce, clip, siglip, ...)    deform_attn
+    engines     similarity: tiles of A B^T, used and dropped       sampling: n-D multilinear gather
     backends    cpu (C++: scalar, AVX2, AVX-512, AMX, NEON)   triton   reference (plain PyTorch)
 """
 
 from pyfeat import losses
 from pyfeat._C import __version__
 from pyfeat._info import info
+from pyfeat.attention import deform_attn
 from pyfeat.coreset import Coreset, greedy_coreset
 from pyfeat.matching import Matches, match
 from pyfeat.memory import MemoryBank
@@ -24,6 +25,7 @@ __all__ = [
     "Neighbours",
     "RangeNeighbours",
     "__version__",
+    "deform_attn",
     "greedy_coreset",
     "info",
     "knn",

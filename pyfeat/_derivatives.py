@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
-Keep = Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
+Keep = Callable[[Any, tuple[Any, ...], Any], None]
 
 
 def differentiable(name: str, backward: Backward, keep: Keep) -> Callable[..., tuple[Tensor, ...]]:

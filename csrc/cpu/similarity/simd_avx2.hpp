@@ -23,6 +23,12 @@ inline Floats load(const float* p) {
 inline void store(float* p, Floats v) {
     _mm256_store_ps(p, v);
 }
+inline Floats load_unaligned(const float* p) {
+    return _mm256_loadu_ps(p);
+}
+inline void store_unaligned(float* p, Floats v) {
+    _mm256_storeu_ps(p, v);
+}
 inline Floats broadcast(float value) {
     return _mm256_set1_ps(value);
 }
@@ -47,6 +53,19 @@ inline Floats divide(Floats a, Floats b) {
 }
 inline Floats maximum(Floats a, Floats b) {
     return _mm256_max_ps(a, b);
+}
+// Lane i of the result is the sum of the lanes of the i-th of as many registers.
+inline Floats sums_of_registers(const float* registers) {
+    Floats fours[2];
+    for (int i = 0; i < 2; ++i) {
+        Floats r[4];
+        for (int k = 0; k < 4; ++k) {
+            r[k] = load_unaligned(registers + (4 * i + k) * kLanes);
+        }
+        fours[i] = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+    }
+    return add(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+               _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
 }
 inline Floats if_negative(Floats v, Floats a, Floats b) {
     return _mm256_blendv_ps(b, a, v);

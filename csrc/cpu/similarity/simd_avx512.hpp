@@ -23,6 +23,12 @@ inline Floats load(const float* p) {
 inline void store(float* p, Floats v) {
     _mm512_store_ps(p, v);
 }
+inline Floats load_unaligned(const float* p) {
+    return _mm512_loadu_ps(p);
+}
+inline void store_unaligned(float* p, Floats v) {
+    _mm512_storeu_ps(p, v);
+}
 inline Floats broadcast(float value) {
     return _mm512_set1_ps(value);
 }
@@ -47,6 +53,26 @@ inline Floats divide(Floats a, Floats b) {
 }
 inline Floats maximum(Floats a, Floats b) {
     return _mm512_max_ps(a, b);
+}
+// Lane i of the result is the sum of the lanes of the i-th of as many registers.
+inline Floats sums_of_registers(const float* registers) {
+    Floats fours[4];
+    for (int i = 0; i < 4; ++i) {
+        Floats r[4];
+        for (int k = 0; k < 4; ++k) {
+            r[k] = load_unaligned(registers + (4 * i + k) * kLanes);
+        }
+        const Floats low = add(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
+        const Floats high = add(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
+        // In each quarter of the register, one lane for each of the four.
+        fours[i] = add(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xEE));
+    }
+    const Floats first = add(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88),
+                             _mm512_shuffle_f32x4(fours[0], fours[1], 0xDD));
+    const Floats second = add(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88),
+                              _mm512_shuffle_f32x4(fours[2], fours[3], 0xDD));
+    return add(_mm512_shuffle_f32x4(first, second, 0x88),
+               _mm512_shuffle_f32x4(first, second, 0xDD));
 }
 inline Floats if_negative(Floats v, Floats a, Floats b) {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(v)), b, a);

@@ -23,6 +23,12 @@ inline Floats load(const float* p) {
 inline void store(float* p, Floats v) {
     vst1q_f32(p, v);
 }
+inline Floats load_unaligned(const float* p) {
+    return vld1q_f32(p);
+}
+inline void store_unaligned(float* p, Floats v) {
+    vst1q_f32(p, v);
+}
 inline Floats broadcast(float value) {
     return vdupq_n_f32(value);
 }
@@ -47,6 +53,13 @@ inline Floats divide(Floats a, Floats b) {
 }
 inline Floats maximum(Floats a, Floats b) {
     return vmaxq_f32(a, b);
+}
+// Lane i of the result is the sum of the lanes of the i-th of as many registers.
+inline Floats sums_of_registers(const float* registers) {
+    const Floats low = vpaddq_f32(load_unaligned(registers), load_unaligned(registers + kLanes));
+    const Floats high =
+        vpaddq_f32(load_unaligned(registers + 2 * kLanes), load_unaligned(registers + 3 * kLanes));
+    return vpaddq_f32(low, high);
 }
 inline Floats if_negative(Floats v, Floats a, Floats b) {
     return vbslq_f32(vcltq_f32(v, vdupq_n_f32(0.0F)), a, b);

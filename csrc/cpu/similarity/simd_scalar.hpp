@@ -21,6 +21,12 @@ inline Floats load(const float* p) {
 inline void store(float* p, Floats v) {
     *p = v;
 }
+inline Floats load_unaligned(const float* p) {
+    return *p;
+}
+inline void store_unaligned(float* p, Floats v) {
+    *p = v;
+}
 inline Floats broadcast(float value) {
     return value;
 }
@@ -45,6 +51,9 @@ inline Floats divide(Floats a, Floats b) {
 }
 inline Floats maximum(Floats a, Floats b) {
     return a > b ? a : b;
+}
+inline Floats sums_of_registers(const float* registers) {
+    return *registers;
 }
 inline Floats if_negative(Floats v, Floats a, Floats b) {
     return v < 0.0F ? a : b;

@@ -7,32 +7,7 @@
 #include "cpu/similarity/distances.hpp"
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/simd.hpp"
-
-// Sums stay in registers only if the loops over a tile are unrolled before they are optimised.
-#if defined(__clang__)
-#define PYFEAT_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define PYFEAT_UNROLL _Pragma("GCC unroll 16")
-#else
-#define PYFEAT_UNROLL
-#endif
-
-#if defined(__GNUC__)
-#define PYFEAT_INLINE __attribute__((always_inline))
-#define PYFEAT_NOINLINE __attribute__((noinline))
-#elif defined(_MSC_VER)
-#define PYFEAT_INLINE
-#define PYFEAT_NOINLINE __declspec(noinline)
-#else
-#define PYFEAT_INLINE
-#define PYFEAT_NOINLINE
-#endif
-
-#if defined(__GNUC__)
-#define PYFEAT_PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PYFEAT_PREFETCH(address) static_cast<void>(address)
-#endif
+#include "cpu/similarity/unroll.hpp"
 
 namespace {
 

@@ -1,0 +1,407 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/sampling/deform_attn.hpp"
+
+#include <algorithm>
+#include <vector>
+
+#include "check.hpp"
+#include "cpu/sampling/kernels.hpp"
+#include "cpu/sampling/points_table.hpp"
+#include "cpu/similarity/pack.hpp"
+
+namespace pyfeat {
+namespace {
+
+constexpr std::int64_t kQueriesPerTask = 256;
+constexpr std::int64_t kCellsPerTask = 1024;
+constexpr std::int64_t kPackedBytes = 8LL << 20;
+// Rows of values are read so often before packing them pays.
+constexpr std::int64_t kLeastReads = 4;
+
+struct Range {
+    std::int64_t first, end;
+};
+
+std::int64_t num_chunks(std::int64_t count, std::int64_t chunk) {
+    return (count + chunk - 1) / chunk;
+}
+
+// An array from a multiple of 64 bytes on.
+template <typename T>
+class Block {
+  public:
+    // What was there may be lost.
+    void make_room(std::int64_t count) {
+        floats_.reserve(kFloats * count);
+    }
+    T* make_zeros(std::int64_t count) {
+        make_room(count);
+        std::fill_n(floats_.data(), kFloats * count, 0.0F);
+        return data();
+    }
+    T* data() {
+        return reinterpret_cast<T*>(floats_.data());
+    }
+
+  private:
+    static constexpr auto kFloats = static_cast<std::int64_t>(sizeof(T) / sizeof(float));
+    AlignedFloats floats_;
+};
+
+// A pair is a batch and a head: number p stands for batch p / H and head p % H. Its rows lie H D
+// apart in memory, so that few lines of a cache can hold them: where they are read often, they are
+// packed first.
+template <typename Real>
+class DeformAttn {
+  public:
+    DeformAttn(const DeformAttnParams& params, Isa isa, Execution& execution)
+        : params_(params),
+          kernels_(sampling_kernels_for(isa).of<Real>()),
+          execution_(execution),
+          table_(params),
+          width_(num_chunks(params.dim, kPointBlock) * kPointBlock),
+          num_pairs_(params.batch * params.heads),
+          workers_(static_cast<std::size_t>(execution.num_threads())) {
+        const PointTable<Real>& points = table_.points();
+        const bool same = bytes_of(params.dtype) == sizeof(Real);
+        packs_ = !same || params.num_queries * points.num_points * points.num_corners() >=
+                              kLeastReads * params.num_cells;
+        outside_.make_zeros(width_);
+    }
+
+    void forward(Real* output) {
+        for_groups([&](Range pairs) {
+            for_query_tasks(pairs, [&](std::int64_t pair, Range queries, Worker& worker) {
+                kernels_.gather(table_.points(),
+                                samples(pair, queries),
+                                values(pair, pairs),
+                                params_.dim,
+                                features(output, pair, queries.first),
+                                worker.scratch);
+            });
+        });
+    }
+
+    // The gradient by the values of a pair is made by one task, or with fewer pairs than threads
+    // by one for each slice of the features: in the order of the queries in any case.
+    void backward(const DeformAttnGradients& given) {
+        const bool sliced = num_pairs_ < execution_.num_threads() && width_ > kPointBlock;
+        for_groups([&](Range pairs) {
+            if (given.value == nullptr || sliced) {
+                for_query_tasks(pairs, [&](std::int64_t pair, Range queries, Worker& worker) {
+                    const auto to = point_gradients(given, pair, queries.first);
+                    add_gradients(given, pair, pairs, queries, to, worker);
+                });
+            }
+            if (given.value == nullptr) {
+                return;
+            }
+            const std::int64_t slice = sliced ? kPointBlock : width_;
+            const std::int64_t num_slices = width_ / slice;
+            for_tasks((pairs.end - pairs.first) * num_slices, [&](std::int64_t i, Worker& worker) {
+                const std::int64_t pair = pairs.first + i / num_slices;
+                const std::int64_t first = i % num_slices * slice;
+                add_value_gradient(
+                    given, pair, pairs, {first, std::min(params_.dim, first + slice)}, worker);
+            });
+        });
+    }
+
+    void second(const DeformAttnSecond& second, const DeformAttnGradients& given) {
+        for_groups([&](Range pairs) {
+            for_tasks(pairs.end - pairs.first, [&](std::int64_t i, Worker& worker) {
+                const std::int64_t pair = pairs.first + i;
+                for_queries([&](Range queries) {
+                    const std::int64_t q = queries.first;
+                    SampleGradients<Real> to = point_gradients(given, pair, q);
+                    to.value = value_gradient(given, pair, worker);
+                    kernels_.second(
+                        table_.points(),
+                        samples(pair, queries),
+                        values(pair, pairs),
+                        params_.dim,
+                        features(static_cast<const Real*>(given.upstream), pair, q),
+                        {cells_of(static_cast<const Real*>(second.by_value), pair),
+                         of_points(static_cast<const Real*>(second.by_locations), pair, q, n()),
+                         of_points(static_cast<const Real*>(second.by_weights), pair, q, 1),
+                         features(static_cast<Real*>(second.output), pair, q)},
+                        to,
+                        worker.scratch);
+                });
+            });
+        });
+    }
+
+  private:
+    struct Worker {
+        Block<double> scratch_memory;
+        Block<Real> outside, rows;
+        double* scratch = nullptr;
+    };
+    std::int64_t n() const {
+        return params_.num_dims;
+    }
+
+    // body(task, worker)
+    template <typename Body>
+    void for_tasks(std::int64_t count, Body body) {
+        execution_.parallel_for(count, [&](std::int64_t task, int index) {
+            Worker& worker = workers_[static_cast<std::size_t>(index)];
+            if (worker.scratch == nullptr) {
+                worker.scratch = worker.scratch_memory.make_zeros(scratch_size(table_.points()));
+                worker.outside.make_zeros(width_);
+            }
+            body(task, worker);
+        });
+    }
+
+    // body(range of queries), until somebody asks for a stop.
+    template <typename Body>
+    void for_queries(Body body) {
+        for (std::int64_t q = 0; q < params_.num_queries; q += kQueriesPerTask) {
+            if (execution_.stop_requested()) {
+                return;
+            }
+            body(Range{q, std::min(params_.num_queries, q + kQueriesPerTask)});
+        }
+    }
+
+    // body(pair, range of queries, worker)
+    template <typename Body>
+    void for_query_tasks(Range pairs, Body body) {
+        const std::int64_t chunks = num_chunks(params_.num_queries, kQueriesPerTask);
+        for_tasks((pairs.end - pairs.first) * chunks, [&](std::int64_t task, Worker& worker) {
+            if (execution_.stop_requested()) {
+                return;
+            }
+            const std::int64_t q = task % chunks * kQueriesPerTask;
+            body(pairs.first + task / chunks,
+                 Range{q, std::min(params_.num_queries, q + kQueriesPerTask)},
+                 worker);
+        });
+    }
+
+    // body(pairs) for all pairs at once, or for as many as are packed at a time.
+    template <typename Body>
+    void for_groups(Body body) {
+        if (num_pairs_ == 0 || params_.dim == 0) {
+            return;
+        }
+        if (!packs_) {
+            body(Range{0, num_pairs_});
+            return;
+        }
+        const std::int64_t size = std::max<std::int64_t>(params_.num_cells * width_, 1);
+        const std::int64_t fitting =
+            kPackedBytes / (size * static_cast<std::int64_t>(sizeof(Real)));
+        const std::int64_t group = std::clamp<std::int64_t>(
+            std::max<std::int64_t>(fitting, execution_.num_threads()), 1, num_pairs_);
+        for (std::int64_t first = 0; first < num_pairs_; first += group) {
+            const Range pairs{first, std::min(num_pairs_, first + group)};
+            packed_.make_room(group * size);
+            pack(pairs, size);
+            body(pairs);
+        }
+    }
+
+    void pack(Range pairs, std::int64_t size) {
+        const std::int64_t chunks = num_chunks(params_.num_cells, kCellsPerTask);
+        for_tasks((pairs.end - pairs.first) * chunks, [&](std::int64_t task, Worker&) {
+            const std::int64_t i = task / chunks, first = task % chunks * kCellsPerTask;
+            const std::int64_t pair = pairs.first + i;
+            const std::int64_t* strides = params_.value_strides;
+            const std::int64_t base =
+                pair / params_.heads * strides[0] + pair % params_.heads * strides[2];
+            const std::int64_t end = std::min(params_.num_cells, first + kCellsPerTask);
+            for (std::int64_t s = first; s < end; ++s) {
+                const char* row = static_cast<const char*>(params_.value) +
+                                  (base + s * strides[1]) * bytes_of(params_.dtype);
+                Real* to = packed_.data() + i * size + s * width_;
+                kernels_.load(row, params_.dtype, params_.dim, to);
+            }
+        });
+    }
+
+    Cells<const Real> values(std::int64_t pair, Range packed) {
+        if (packs_) {
+            const std::int64_t size = params_.num_cells * width_;
+            return {packed_.data() + (pair - packed.first) * size, width_, outside_.data()};
+        }
+        const std::int64_t* strides = params_.value_strides;
+        return {static_cast<const Real*>(params_.value) + pair / params_.heads * strides[0] +
+                    pair % params_.heads * strides[2],
+                strides[1],
+                outside_.data()};
+    }
+
+    Samples<Real> samples(std::int64_t pair, Range queries) const {
+        const auto at = [&](const void* data, const std::int64_t* strides) {
+            return static_cast<const Real*>(data) + pair / params_.heads * strides[0] +
+                   queries.first * strides[1] + pair % params_.heads * strides[2];
+        };
+        return {queries.end - queries.first,
+                at(params_.locations, params_.location_strides),
+                params_.location_strides[1],
+                at(params_.weights, params_.weight_strides),
+                params_.weight_strides[1]};
+    }
+
+    // Of an array [B, Q, H, size].
+    template <typename T>
+    Features<T> by_query(T* data, std::int64_t pair, std::int64_t query, std::int64_t size) const {
+        const std::int64_t stride = params_.heads * size;
+        const std::int64_t row = pair / params_.heads * params_.num_queries + query;
+        return {data + row * stride + pair % params_.heads * size, stride};
+    }
+    template <typename T>
+    Features<T> features(T* data, std::int64_t pair, std::int64_t query) const {
+        return by_query(data, pair, query, params_.dim);
+    }
+    template <typename T>
+    Features<T> of_points(T* data, std::int64_t pair, std::int64_t query, std::int64_t each) const {
+        return data == nullptr ? Features<T>{nullptr, 0}
+                               : by_query(data, pair, query, table_.points().num_points * each);
+    }
+
+    // Of an array [B, S, H, D].
+    template <typename T>
+    Cells<T> cells_of(T* data, std::int64_t pair) {
+        const std::int64_t stride = params_.heads * params_.dim;
+        return {data + pair / params_.heads * params_.num_cells * stride +
+                    pair % params_.heads * params_.dim,
+                stride,
+                outside_.data()};
+    }
+    Cells<Real> value_gradient(const DeformAttnGradients& given,
+                               std::int64_t pair,
+                               Worker& worker) {
+        Cells<Real> cells = cells_of(static_cast<Real*>(given.value), pair);
+        cells.outside = worker.outside.data();
+        return cells;
+    }
+    SampleGradients<Real> point_gradients(const DeformAttnGradients& given,
+                                          std::int64_t pair,
+                                          std::int64_t query) const {
+        return {{},
+                0,
+                0,
+                of_points(static_cast<Real*>(given.locations), pair, query, n()),
+                of_points(static_cast<Real*>(given.weights), pair, query, 1)};
+    }
+
+    void add_gradients(const DeformAttnGradients& given,
+                       std::int64_t pair,
+                       Range packed,
+                       Range queries,
+                       const SampleGradients<Real>& to,
+                       Worker& worker) {
+        kernels_.gradients(table_.points(),
+                           samples(pair, queries),
+                           values(pair, packed),
+                           params_.dim,
+                           features(static_cast<const Real*>(given.upstream), pair, queries.first),
+                           to,
+                           worker.scratch);
+    }
+
+    // By the values of a pair, of some features; by locations and weights too if these are all.
+    void add_value_gradient(const DeformAttnGradients& given,
+                            std::int64_t pair,
+                            Range packed,
+                            Range part,
+                            Worker& worker) {
+        const bool whole = part.first == 0 && part.end == params_.dim;
+        Cells<Real> cells = value_gradient(given, pair, worker);
+        if (packs_ && whole) {
+            cells.data = worker.rows.make_zeros(params_.num_cells * width_);
+            cells.stride = width_;
+        }
+        for_queries([&](Range queries) {
+            SampleGradients<Real> to{};
+            if (whole) {
+                to = point_gradients(given, pair, queries.first);
+            }
+            to.value = cells;
+            to.first_feature = part.first;
+            to.num_features = part.end - part.first;
+            add_gradients(given, pair, packed, queries, to, worker);
+        });
+        if (packs_ && whole) {
+            const Cells<Real> to = value_gradient(given, pair, worker);
+            for (std::int64_t s = 0; s < params_.num_cells; ++s) {
+                std::copy_n(cells.row(s), params_.dim, to.row(s));
+            }
+        }
+    }
+
+    const DeformAttnParams& params_;
+    const SamplingKernels<Real>& kernels_;
+    Execution& execution_;
+    FilledPointTable<Real> table_;
+    std::int64_t width_;
+    std::int64_t num_pairs_;
+    bool packs_ = false;
+    std::vector<Worker> workers_;
+    Block<Real> outside_, packed_;
+};
+
+// By dtype of the values.
+template <typename Use>
+void for_real(Dtype dtype, Use use) {
+    if (dtype == Dtype::kFloat64) {
+        use(double{});
+    } else {
+        use(float{});
+    }
+}
+
+}  // namespace
+
+const SamplingTable& sampling_kernels_for(Isa isa) {
+    switch (isa) {
+#if defined(PYFEAT_X86)
+        case Isa::kAmx:
+        case Isa::kAvx512Bf16:
+        case Isa::kAvx512Vnni:
+        case Isa::kAvx512:
+            return avx512::sampling_kernels;
+        case Isa::kAvx2Vnni:
+        case Isa::kAvx2:
+            return avx2::sampling_kernels;
+#elif defined(PYFEAT_ARM64)
+        case Isa::kNeonDot:
+        case Isa::kNeon:
+            return neon::sampling_kernels;
+#endif
+        default:
+            return scalar::sampling_kernels;
+    }
+}
+
+void deform_attn_cpu(const DeformAttnParams& params, void* output, Isa isa, Execution& execution) {
+    for_real(params.dtype, [&](auto real) {
+        using Real = decltype(real);
+        DeformAttn<Real>(params, isa, execution).forward(static_cast<Real*>(output));
+    });
+}
+
+void deform_attn_backward_cpu(const DeformAttnParams& params,
+                              const DeformAttnGradients& gradients,
+                              Isa isa,
+                              Execution& execution) {
+    for_real(params.dtype, [&](auto real) {
+        DeformAttn<decltype(real)>(params, isa, execution).backward(gradients);
+    });
+}
+
+void deform_attn_second_cpu(const DeformAttnParams& params,
+                            const DeformAttnSecond& second,
+                            const DeformAttnGradients& gradients,
+                            Isa isa,
+                            Execution& execution) {
+    for_real(params.dtype, [&](auto real) {
+        DeformAttn<decltype(real)>(params, isa, execution).second(second, gradients);
+    });
+}
+
+}  // namespace pyfeat

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is the same for the points of every query and head, one slot for each.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/sampling/kernels.hpp"
+#include "params.hpp"
+
+namespace pyfeat {
+
+template <typename Real>
+class FilledPointTable {
+  public:
+    explicit FilledPointTable(const DeformAttnParams& params) {
+        const int n = params.num_dims;
+        std::int64_t num_points = 0;
+        for (const std::int64_t count : params.num_points) {
+            num_points += count;
+        }
+        const std::int64_t slots = (num_points + kPointBlock - 1) / kPointBlock * kPointBlock;
+        // Slots without a point lie on a level without cells.
+        factors_.assign(static_cast<std::size_t>(n * slots), Real{0});
+        extents_.assign(static_cast<std::size_t>(n * slots), Real{0});
+        strides_.assign(static_cast<std::size_t>(n * slots), 0);
+        starts_.assign(static_cast<std::size_t>(slots), 0);
+        std::int64_t slot = 0, start = 0;
+        for (std::size_t level = 0; level < params.num_points.size(); ++level) {
+            const std::int64_t* shape = params.shapes.data() + level * static_cast<std::size_t>(n);
+            std::int64_t cells = 1;
+            for (int j = 0; j < n; ++j) {
+                const std::int64_t extent = shape[n - 1 - j];
+                const std::int64_t factor = params.align_corners ? extent - 1 : extent;
+                for (std::int64_t t = 0; t < params.num_points[level]; ++t) {
+                    const auto at = static_cast<std::size_t>(j * slots + slot + t);
+                    factors_[at] = static_cast<Real>(factor);
+                    extents_[at] = static_cast<Real>(extent);
+                    strides_[at] = cells;
+                }
+                cells *= extent;
+            }
+            for (std::int64_t t = 0; t < params.num_points[level]; ++t) {
+                starts_[static_cast<std::size_t>(slot + t)] = start;
+            }
+            slot += params.num_points[level];
+            start += cells;
+        }
+        table_.num_dims = n;
+        table_.num_points = num_points;
+        table_.num_slots = slots;
+        table_.shift = params.align_corners ? Real{0} : Real{0.5};
+        for (int j = 0; j < n; ++j) {
+            table_.factors[j] = factors_.data() + j * slots;
+            table_.extents[j] = extents_.data() + j * slots;
+            table_.strides[j] = strides_.data() + j * slots;
+        }
+        table_.starts = starts_.data();
+        table_.border = params.border;
+        table_.discrete = params.discrete;
+        table_.softmax = params.softmax;
+    }
+    FilledPointTable(const FilledPointTable&) = delete;
+    FilledPointTable& operator=(const FilledPointTable&) = delete;
+
+    const PointTable<Real>& points() const {
+        return table_;
+    }
+
+  private:
+    std::vector<Real> factors_, extents_;  // [n, slots]
+    std::vector<std::int64_t> strides_;    // [n, slots]
+    std::vector<std::int64_t> starts_;     // [slots]
+    PointTable<Real> table_{};
+};
+
+}  // namespace pyfeat

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+// Values at the points of queries, weighted and added up, with first and second derivatives.
+// Compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/sampling/points.hpp"
+#include "cpu/sampling/rows.hpp"
+
+namespace {
+
+// Arrays over the corners of the points, corner by corner.
+template <typename Real, int kDims, bool kDiscrete>
+class Corners {
+  public:
+    using PointsOf = Points<Real, kDims, kDiscrete>;
+    static constexpr int kCorners = PointsOf::kCorners;
+
+    Corners(const PointsOf& points, Scratch& scratch)
+        : points_(points), slots_(points.num_slots()), scratch_(scratch), factors_(take<Real>()) {}
+
+    template <typename T>
+    T* take() {
+        return scratch_.take<T>(slots_ * kCorners);
+    }
+    CornerCounts counts() const {
+        return {kCorners, points_.num_points(), slots_};
+    }
+    Real* factors() {
+        return factors_;
+    }
+    void find_rows(const pyfeat::Cells<Real>& cells, Real** rows) const {
+        for (int e = 0; e < kCorners; ++e) {
+            const std::int64_t* numbers = points_.cells(e);
+            Real** to = rows + e * slots_;
+            PYFEAT_INDEPENDENT
+            for (std::int64_t t = 0; t < slots_; ++t) {
+                to[t] = cells.row(numbers[t]);
+            }
+        }
+    }
+    void find_rows(const pyfeat::Cells<const Real>& cells, const Real** rows) const {
+        for (int e = 0; e < kCorners; ++e) {
+            const std::int64_t* numbers = points_.cells(e);
+            const Real** to = rows + e * slots_;
+            PYFEAT_INDEPENDENT
+            for (std::int64_t t = 0; t < slots_; ++t) {
+                to[t] = cells.row(numbers[t]);
+            }
+        }
+    }
+    // factors[e, t] = of(e, t)
+    template <typename Of>
+    void fill_factors(Of of) {
+        for (int e = 0; e < kCorners; ++e) {
+            Real* to = factors_ + e * slots_;
+            PYFEAT_INDEPENDENT
+            for (std::int64_t t = 0; t < slots_; ++t) {
+                to[t] = of(e, t);
+            }
+        }
+    }
+
+  private:
+    const PointsOf& points_;
+    std::int64_t slots_;
+    Scratch& scratch_;
+    Real* factors_;
+};
+
+template <typename Real, int kDims, bool kDiscrete>
+void gather(const pyfeat::PointTable<Real>& table,
+            const pyfeat::Samples<Real>& samples,
+            const pyfeat::Cells<const Real>& values,
+            std::int64_t dim,
+            const pyfeat::Features<Real>& output,
+            double* memory) {
+    Scratch scratch(memory);
+    Points<Real, kDims, kDiscrete> points(table, scratch);
+    Corners<Real, kDims, kDiscrete> corners(points, scratch);
+    const Real** rows = corners.template take<const Real*>();
+    for (std::int64_t q = 0; q < samples.num_queries; ++q) {
+        points.locate(samples.locations + q * samples.location_stride,
+                      samples.weights + q * samples.weight_stride);
+        corners.find_rows(values, rows);
+        corners.fill_factors([&](int e, std::int64_t t) { return points.weight(e, t); });
+        add_rows(corners.counts(), corners.factors(), rows, dim, false, output.row(q));
+    }
+}
+
+// Sums over the corners of dots times their shares in the value, or in its derivatives.
+template <typename Real, int kDims, bool kDiscrete, typename... Axes>
+inline Real at_point(const Points<Real, kDims, kDiscrete>& points,
+                     const Real* dots,
+                     std::int64_t t,
+                     Axes... axes) {
+    Real sum{0};
+    PYFEAT_UNROLL
+    for (int e = 0; e < Points<Real, kDims, kDiscrete>::kCorners; ++e) {
+        sum += points.share(e, t, axes...) * dots[e * points.num_slots() + t];
+    }
+    return sum;
+}
+
+// With A the weights, f the values at the points and G the upstream gradient, dA = <G, f> and
+// du = A <G, df/du>; of logits z dz = A (dA - <A, dA>).
+template <typename Real, int kDims, bool kDiscrete>
+void write_gradients(const Points<Real, kDims, kDiscrete>& points,
+                     const pyfeat::PointTable<Real>& table,
+                     const Real* dots,
+                     const pyfeat::SampleGradients<Real>& gradients,
+                     std::int64_t q,
+                     Real* by_weight) {
+    const Real* weights = points.weights();
+    const std::int64_t num_points = table.num_points;
+    if (gradients.weights.data != nullptr) {
+        PYFEAT_INDEPENDENT
+        for (std::int64_t t = 0; t < table.num_slots; ++t) {
+            by_weight[t] = at_point(points, dots, t);
+        }
+        Real mean{0};
+        for (std::int64_t t = 0; t < num_points && table.softmax; ++t) {
+            mean += weights[t] * by_weight[t];
+        }
+        Real* to = gradients.weights.row(q);
+        for (std::int64_t t = 0; t < num_points; ++t) {
+            to[t] = table.softmax ? weights[t] * (by_weight[t] - mean) : by_weight[t];
+        }
+    }
+    if constexpr (!kDiscrete) {
+        if (gradients.locations.data != nullptr) {
+            Real* to = gradients.locations.row(q);
+            for (int j = 0; j < kDims; ++j) {
+                const Real* factors = table.factors[j];
+                PYFEAT_INDEPENDENT
+                for (std::int64_t t = 0; t < table.num_slots; ++t) {
+                    const Real slope = at_point(points, dots, t, j);
+                    by_weight[t] = points.is_there(t) ? weights[t] * factors[t] * slope : Real{0};
+                }
+                for (std::int64_t t = 0; t < num_points; ++t) {
+                    to[t * kDims + j] = by_weight[t];
+                }
+            }
+        }
+    }
+}
+
+template <typename Real, int kDims, bool kDiscrete>
+void gradients(const pyfeat::PointTable<Real>& table,
+               const pyfeat::Samples<Real>& samples,
+               const pyfeat::Cells<const Real>& values,
+               std::int64_t dim,
+               const pyfeat::Features<const Real>& upstream,
+               const pyfeat::SampleGradients<Real>& gradients,
+               double* memory) {
+    Scratch scratch(memory);
+    Points<Real, kDims, kDiscrete> points(table, scratch);
+    Corners<Real, kDims, kDiscrete> corners(points, scratch);
+    const Real** rows = corners.template take<const Real*>();
+    Real** grad_rows = corners.template take<Real*>();
+    Real* dots = corners.template take<Real>();
+    Real* by_weight = scratch.take<Real>(table.num_slots);
+    Real* partial = scratch.take<Real>(table.num_slots * corners.kCorners * 16);
+    const bool by_points = gradients.weights.data != nullptr || gradients.locations.data != nullptr;
+    for (std::int64_t q = 0; q < samples.num_queries; ++q) {
+        points.locate(samples.locations + q * samples.location_stride,
+                      samples.weights + q * samples.weight_stride);
+        if (by_points) {
+            corners.find_rows(values, rows);
+            dot_rows(corners.counts(), rows, upstream.row(q), dim, partial, dots);
+            write_gradients(points, table, dots, gradients, q, by_weight);
+        }
+        if (gradients.value.data != nullptr) {
+            corners.find_rows(gradients.value, grad_rows);
+            corners.fill_factors([&](int e, std::int64_t t) { return points.weight(e, t); });
+            add_to_rows(corners.counts(),
+                        corners.factors(),
+                        grad_rows,
+                        upstream.row(q),
+                        gradients.first_feature,
+                        gradients.first_feature + gradients.num_features);
+        }
+    }
+}
+
+// Of Phi = <gV, dV> + <gA, dA> + <gp, dp>, with g the cotangents of the first gradients, f~ the
+// value of gV at a point and h_j = factor_j gp_j:
+//   dPhi/dG = sum A f~ + gA f + A sum_j h_j df/du_j
+//   dPhi/dA = <G, f~ + sum_j h_j df/du_j>
+//   dPhi/dV adds G (gA share + A sum_j h_j dshare/du_j) to the corners
+//   dPhi/du_i = <G, A df~/du_i + gA df/du_i + A sum_{j != i} h_j d2f/du_i du_j>
+template <typename Real, int kDims, bool kDiscrete>
+void second_gradients(const pyfeat::PointTable<Real>& table,
+                      const pyfeat::Samples<Real>& samples,
+                      const pyfeat::Cells<const Real>& values,
+                      std::int64_t dim,
+                      const pyfeat::Features<const Real>& upstream,
+                      const pyfeat::SecondOrder<Real>& second,
+                      const pyfeat::SampleGradients<Real>& gradients,
+                      double* memory) {
+    constexpr int kSlopes = kDiscrete ? 0 : kDims;
+    Scratch scratch(memory);
+    Points<Real, kDims, kDiscrete> points(table, scratch);
+    Corners<Real, kDims, kDiscrete> corners(points, scratch);
+    const Real** rows = corners.template take<const Real*>();
+    const Real** by_rows = corners.template take<const Real*>();
+    Real** grad_rows = corners.template take<Real*>();
+    Real* dots = corners.template take<Real>();
+    Real* by_dots = corners.template take<Real>();
+    Real* partial = scratch.take<Real>(table.num_slots * corners.kCorners * 16);
+    const CornerCounts counts = corners.counts();
+    const Real* weights = points.weights();
+    for (std::int64_t q = 0; q < samples.num_queries; ++q) {
+        const Real *by_weights = second.by_weights.row(q),
+                   *by_locations = second.by_locations.row(q);
+        const auto by_u = [&](int j, std::int64_t t) {
+            return table.factors[j][t] * by_locations[t * kDims + j];
+        };
+        points.locate(samples.locations + q * samples.location_stride,
+                      samples.weights + q * samples.weight_stride);
+        corners.find_rows(values, rows);
+        corners.find_rows(second.by_value, by_rows);
+        corners.find_rows(gradients.value, grad_rows);
+        dot_rows(counts, rows, upstream.row(q), dim, partial, dots);
+        dot_rows(counts, by_rows, upstream.row(q), dim, partial, by_dots);
+        Real* grad_weights = gradients.weights.row(q);
+        Real* grad_locations = gradients.locations.row(q);
+        for (std::int64_t t = 0; t < table.num_points; ++t) {
+            const bool there = points.is_there(t);
+            Real by_weight = at_point(points, by_dots, t);
+            for (int j = 0; j < kSlopes; ++j) {
+                by_weight += by_u(j, t) * at_point(points, dots, t, j);
+            }
+            grad_weights[t] = there ? by_weight : Real{0};
+            for (int i = 0; i < kSlopes; ++i) {
+                Real slope = at_point(points, by_dots, t, i);
+                for (int j = 0; j < kDims; ++j) {
+                    if (j != i) {
+                        slope += by_u(j, t) * at_point(points, dots, t, i, j);
+                    }
+                }
+                slope = weights[t] * slope + by_weights[t] * at_point(points, dots, t, i);
+                grad_locations[t * kDims + i] = there ? table.factors[i][t] * slope : Real{0};
+            }
+        }
+        Real* output = second.output.row(q);
+        corners.fill_factors([&](int e, std::int64_t t) { return points.weight(e, t); });
+        add_rows(counts, corners.factors(), by_rows, dim, false, output);
+        for (int e = 0; e < corners.kCorners; ++e) {
+            for (std::int64_t t = 0; t < table.num_points; ++t) {
+                Real slope{0};
+                for (int j = 0; j < kSlopes; ++j) {
+                    slope += by_u(j, t) * points.share(e, t, j);
+                }
+                corners.factors()[e * table.num_slots + t] =
+                    points.cells(e)[t] < 0
+                        ? Real{0}
+                        : by_weights[t] * points.share(e, t) + weights[t] * slope;
+            }
+        }
+        add_rows(counts, corners.factors(), rows, dim, true, output);
+        add_to_rows(counts, corners.factors(), grad_rows, upstream.row(q), 0, dim);
+    }
+}
+
+}  // namespace
