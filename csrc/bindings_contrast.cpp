@@ -124,8 +124,8 @@ void bind_softplus(const Matrix& a,
                    double scale,
                    double bias,
                    const PairTerms& pairs,
-                   const std::pair<std::uintptr_t, std::uintptr_t>& weights,
-                   const SumAddresses& sums,
+                   std::uintptr_t weights,
+                   const std::pair<std::uintptr_t, std::uintptr_t>& sums,
                    const Products& products,
                    int num_threads,
                    const std::string& isa_name) {
@@ -135,11 +135,9 @@ void bind_softplus(const Matrix& a,
                                 bias,
                                 pairs,
                                 to_products(products),
-                                to_pointer<const double>(weights.first),
-                                to_pointer<const double>(weights.second),
-                                to_pointer<double>(std::get<0>(sums)),
-                                to_pointer<double>(std::get<1>(sums)),
-                                to_pointer<double>(std::get<2>(sums))};
+                                to_pointer<const double>(weights),
+                                to_pointer<double>(sums.first),
+                                to_pointer<double>(sums.second)};
     run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
         softplus_cpu(params, isa, execution);
         return true;

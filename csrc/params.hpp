@@ -151,8 +151,8 @@ struct ContrastGradientParams {
     KeptTiles kept;
 };
 
-// Of Z = scale * A B^T + bias the sums of softplus(Z), and products with the gradient of what rows
-// weigh: scale dZ = scale * (weights sigmoid(Z) + (positive_weights where positive)).
+// Of Z = y (scale * A B^T + bias), y = -1 where positive and 1 elsewhere, the sums of softplus(Z),
+// and products with scale dS = scale * weights y sigmoid(Z), their gradient if rows weigh so much.
 struct SoftplusParams {
     Rows a;  // [L, D]
     Rows b;  // [S, D]
@@ -160,11 +160,9 @@ struct SoftplusParams {
     double bias;
     PairTerms pairs;
     PairProducts products;
-    const double* weights;           // [L]
-    const double* positive_weights;  // [L]
-    double* softplus;                // [L]
-    double* sigmoids;                // [L], sums of sigmoid(Z)
-    double* positives;               // [L], sums of scale * A B^T over positive columns
+    const double* weights;  // [L]
+    double* softplus;       // [L]
+    double* sigmoids;       // [L], sums of y sigmoid(Z), what the bias changes softplus by
 };
 
 // Counts of one search, for tests and benchmarks.

@@ -57,10 +57,10 @@ def softplus(
     scale: Tensor,
     bias: Tensor,
     ids: tuple[Any, ...],
-    weights: tuple[Tensor, Tensor],
+    weights: Tensor,
     needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums of softplus, of positives and of sigmoids, and both gradients in float32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of softplus and of signed sigmoids, and both gradients in float32."""
     from pyfeat._triton import contrast
 
     _check_range("pair_softplus", a, b, scale)

@@ -15,7 +15,6 @@ from torch import Tensor
 from pyfeat._contrast_cpu import scale_gradient
 from pyfeat._pairs import Pairs, PairSums
 from pyfeat._ranks import Columns, Merge, Ranks, gathered, over_all_columns
-from pyfeat._softplus import SoftplusSums
 
 
 def distributed_pair_sums(
@@ -52,13 +51,14 @@ def distributed_pair_sums(
 
 def distributed_pair_softplus(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, *, ranks: Ranks
-) -> SoftplusSums:
+) -> Tensor:
     """``pair_softplus`` of own rows over the columns of all ranks; else as ``distributed_pair_sums``.
 
     The gradient by the bias is a part as well.
     """
     arguments = a, b, scale, bias, pairs, torch.is_grad_enabled(), ranks
-    return SoftplusSums(*_DistributedPairSoftplus.apply(*arguments))  # type: ignore[no-untyped-call]
+    sums: Tensor = _DistributedPairSoftplus.apply(*arguments)  # type: ignore[no-untyped-call]
+    return sums
 
 
 class _Once(torch.autograd.Function):
@@ -179,9 +179,9 @@ class _DistributedPairSoftplus(torch.autograd.Function):
         pairs: Pairs,
         wanted: bool,
         ranks: Ranks,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         softplus = torch.zeros(a.shape[0], dtype=torch.float64, device=a.device)
-        positives, sigmoids = torch.zeros_like(softplus), torch.zeros_like(softplus)
+        sigmoids = torch.zeros_like(softplus)
         # As in the op, what the gradients are if the loss is a mean or a sum of all rows.
         need_a, need_b, need_scale = (wanted and need for need in ctx.needs_input_grad[:3])
         need_a = need_a or (need_scale and not need_b)
@@ -189,34 +189,30 @@ class _DistributedPairSoftplus(torch.autograd.Function):
         unit_a = torch.zeros_like(a, dtype=dtype) if need_a else a.new_empty(0)
 
         def step(block: Columns) -> list[Tensor]:
-            nonlocal softplus, positives, sigmoids
+            nonlocal softplus, sigmoids
             ids = _with_columns(pairs, block)[1:6]
             made = torch.ops.pyfeat.pair_softplus(a, block["b"], scale, bias, *ids, need_a, need_b)
-            softplus, positives, sigmoids = (
-                softplus + made[0],
-                positives + made[1],
-                sigmoids + made[2],
-            )
+            softplus, sigmoids = softplus + made[0], sigmoids + made[1]
             if need_a:
-                unit_a.add_(made[3])
-            return [made[4].to(dtype)] if need_b else []
+                unit_a.add_(made[2])
+            return [made[3].to(dtype)] if need_b else []
 
         home = over_all_columns(ranks, _own(b, pairs), step, ["sum"] if need_b else [])
         unit_b = home[0] if need_b else b.new_empty(0)
         ctx.save_for_backward(a, b, scale, bias, sigmoids, unit_a, unit_b)
         ctx.rest = pairs, ranks, need_a, need_b
-        return softplus, positives
+        return softplus
 
     @staticmethod
     @_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, bias, sigmoids, unit_a, unit_b = ctx.saved_tensors
         _, ranks, need_a, need_b = ctx.rest
-        factor = _common_factor(grads[0], grads[1], ranks)
+        factor = _common_factor(grads[0], ranks)
         if factor is not None:
             by_a, by_b = factor.to(unit_a.dtype) * unit_a, factor.to(unit_b.dtype) * unit_b
         elif need_a or need_b:
-            by_a, by_b = _softplus_gradients(ctx, grads[0], grads[1])
+            by_a, by_b = _softplus_gradients(ctx, grads[0])
         else:
             by_a = by_b = unit_a
         grad_scale = None
@@ -231,9 +227,7 @@ class _DistributedPairSoftplus(torch.autograd.Function):
         )
 
 
-def _softplus_gradients(
-    ctx: Any, grad_softplus: Tensor, grad_positives: Tensor
-) -> tuple[Tensor, Tensor]:
+def _softplus_gradients(ctx: Any, grad_softplus: Tensor) -> tuple[Tensor, Tensor]:
     """By a and b, for rows of any weights."""
     a, b, scale, bias, sigmoids, *_ = ctx.saved_tensors
     pairs, ranks, need_a, need_b = ctx.rest
@@ -248,7 +242,6 @@ def _softplus_gradients(
             *_with_columns(pairs, block)[1:6],
             sigmoids,
             grad_softplus,
-            grad_positives,
             no_unit,
             no_unit,
             need_a,
@@ -262,10 +255,10 @@ def _softplus_gradients(
     return by_a, home[0] if need_b else no_unit
 
 
-def _common_factor(grad_softplus: Tensor, grad_positives: Tensor, ranks: Ranks) -> Tensor | None:
+def _common_factor(grad_softplus: Tensor, ranks: Ranks) -> Tensor | None:
     """What multiplies the gradients of a sum over all rows, if it is one number on all ranks."""
     factor = grad_softplus[:1].sum()  # 0 without rows
-    same = ((grad_softplus == factor) & (grad_positives == -factor)).all()
+    same = (grad_softplus == factor).all()
     some = torch.full_like(factor, float(len(grad_softplus) > 0))
     told = gathered(torch.stack([factor, same.double(), some]), ranks)
     factors = told[told[:, 2] > 0, 0]

@@ -1,10 +1,10 @@
 """The op behind the sigmoid loss: sums of softplus over all pairs.
 
-The gradient of a pair needs no sum over others, so the forward pass makes the gradients that a mean or a
-sum of all rows has, and the backward pass multiplies them by one number.
+The gradient of a pair needs no sum over others, so the forward pass makes the gradients of the sum of all
+rows, and the backward pass of a mean or a sum multiplies them by one number.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,6 @@ from pyfeat._contrast_cpu import KeptPairs, scale_gradient
 from pyfeat._derivatives import differentiable
 from pyfeat._pairs import Pairs
 
-
-class SoftplusSums(NamedTuple):
-    """Over the columns that count, float64."""
-
-    row_softplus: Tensor  # (L,), of softplus(S + bias)
-    row_positives: Tensor  # (L,), of S over positives, without the bias
-
-
 _IDS_SCHEMA = (
     "Tensor? row_ids, Tensor? column_ids, Tensor? row_groups, Tensor? column_groups,"
     " bool keep_positives"
@@ -31,24 +23,26 @@ _IDS_SCHEMA = (
 torch.library.define(
     "pyfeat::pair_softplus",
     f"(Tensor a, Tensor b, Tensor scale, Tensor bias, {_IDS_SCHEMA}, bool gradient_a,"
-    " bool gradient_b) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool gradient_b) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "pyfeat::pair_softplus_backward",
     f"(Tensor a, Tensor b, Tensor scale, Tensor bias, {_IDS_SCHEMA}, Tensor row_sigmoids,"
-    " Tensor grad_softplus, Tensor grad_positives, Tensor unit_a, Tensor unit_b,"
-    " bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor grad_softplus, Tensor unit_a, Tensor unit_b, bool need_a, bool need_b)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "pyfeat::pair_softplus_second",
     f"(Tensor a, Tensor b, Tensor scale, Tensor bias, {_IDS_SCHEMA}, Tensor grad_softplus,"
-    " Tensor grad_positives, Tensor by_grad_a, Tensor by_grad_b, Tensor by_grad_scale,"
-    " Tensor by_grad_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor by_grad_a, Tensor by_grad_b, Tensor by_grad_scale, Tensor by_grad_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
-def pair_softplus(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs) -> SoftplusSums:
-    """Row sums of ``softplus(S + bias)``, ``S = scale * a @ b.T``; differentiable twice.
+def pair_softplus(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs) -> Tensor:
+    """Row sums (L,) float64 of ``softplus(S + bias)``, of ``softplus(-S - bias)`` for positive pairs.
+
+    ``S = scale * a @ b.T``; differentiable twice.
 
     Args:
         a: (L, D) float32, float64, float16 or bfloat16, finite.
@@ -59,16 +53,8 @@ def pair_softplus(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pair
     """
     wanted = torch.is_grad_enabled()
     need_scale = scale.requires_grad and not b.requires_grad
-    softplus, positives, *_ = _pair_softplus(
-        a,
-        b,
-        scale,
-        bias,
-        *pairs[1:6],
-        wanted and (a.requires_grad or need_scale),
-        wanted and b.requires_grad,
-    )
-    return SoftplusSums(softplus, positives)
+    need_a, need_b = wanted and (a.requires_grad or need_scale), wanted and b.requires_grad
+    return _pair_softplus(a, b, scale, bias, *pairs[1:6], need_a, need_b)[0]
 
 
 def _run_cpu(
@@ -77,14 +63,14 @@ def _run_cpu(
     scale: Tensor,
     bias: Tensor,
     ids: tuple[Any, ...],
-    weights: tuple[Tensor, Tensor],
+    weights: Tensor,
     needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums of softplus, of positives and of sigmoids, and both gradients in float32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of softplus and of signed sigmoids, and both gradients in float32."""
     kept_pairs = KeptPairs(Pairs(None, *ids))
     a, b = with_contiguous_rows(a), with_contiguous_rows(b)
-    row_weights, positive_weights = (x.double().contiguous() for x in weights)
-    softplus, positives, sigmoids = (torch.empty(len(a), dtype=torch.float64) for _ in range(3))
+    weights = weights.contiguous()
+    softplus, sigmoids = (torch.empty(len(a), dtype=torch.float64) for _ in range(2))
     by_a = torch.empty((len(a) if needs[0] else 0, a.shape[1]), dtype=torch.float32)
     by_b = torch.empty((len(b) if needs[1] else 0, a.shape[1]), dtype=torch.float32)
     _C.softplus_cpu(
@@ -93,8 +79,8 @@ def _run_cpu(
         float(scale),
         float(bias),
         kept_pairs.terms,
-        (row_weights.data_ptr(), positive_weights.data_ptr()),
-        (softplus.data_ptr(), sigmoids.data_ptr(), positives.data_ptr()),
+        weights.data_ptr(),
+        (softplus.data_ptr(), sigmoids.data_ptr()),
         (
             as_matrix(a),
             as_matrix(b),
@@ -103,12 +89,12 @@ def _run_cpu(
         ),
         torch.get_num_threads(),
     )
-    return softplus, positives, sigmoids, by_a, by_b
+    return softplus, sigmoids, by_a, by_b
 
 
 def _run(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ids: tuple[Any, ...], *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if a.dtype == torch.float64:
         return _softplus_blocks.sums(a, b, scale, bias, Pairs(None, *ids), *arguments)
     run = _contrast_cuda.softplus if a.is_cuda else _run_cpu
@@ -120,23 +106,23 @@ def _run_forward(
 ) -> tuple[Tensor, ...]:
     *ids, gradient_a, gradient_b = arguments
     ones = torch.ones(len(a), dtype=torch.float64, device=a.device)
-    return _run(a, b, scale, bias, tuple(ids), (ones, -ones), (gradient_a, gradient_b))
+    return _run(a, b, scale, bias, tuple(ids), ones, (gradient_a, gradient_b))
 
 
 def _run_backward(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *ids, sigmoids, grad_softplus, grad_positives, unit_a, unit_b, need_a, need_b = arguments
+    *ids, sigmoids, grad_softplus, unit_a, unit_b, need_a, need_b = arguments
     need_a = need_a or not need_b
-    weights = grad_softplus.double(), grad_positives.double()
-    first = weights[0][:1]
+    weights = grad_softplus.double()
     made = len(unit_a) == len(a) or not need_a, len(unit_b) == len(b) or not need_b
-    if all(made) and bool(((weights[0] == first) & (weights[1] == -first)).all()):
-        by_a, by_b = (unit * first.sum().to(unit.dtype) for unit in (unit_a, unit_b))
+    if all(made) and bool((weights == weights[:1]).all()):
+        factor = weights[:1].sum()  # 0 without rows
+        by_a, by_b = (unit * factor.to(unit.dtype) for unit in (unit_a, unit_b))
     else:
         *_, by_a, by_b = _run(a, b, scale, bias, tuple(ids), weights, (need_a, need_b))
     grad_scale = scale_gradient(*((a, by_a) if need_a else (b, by_b)), scale)
-    grad_bias = (weights[0] @ sigmoids).to(bias.dtype)
+    grad_bias = (weights @ sigmoids).to(bias.dtype)
     return by_a.to(a.dtype), by_b.to(b.dtype), grad_scale, grad_bias
 
 
@@ -144,7 +130,7 @@ def _forward_fake(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *_, gradient_a, gradient_b = arguments
-    sums = [a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(3)]
+    sums = [a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(2)]
     counts = a.shape[0] if gradient_a else 0, b.shape[0] if gradient_b else 0
     return (*sums, *(a.new_empty(n, a.shape[1], dtype=wide_dtype(a)) for n in counts))
 
@@ -165,35 +151,32 @@ def _backward_fake(
 def _second(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    *ids, grad_softplus, grad_positives = arguments[:-4]
-    weights = grad_softplus.double(), grad_positives.double()
+    *ids, grad_softplus = arguments[:-4]
     return _softplus_blocks.second_gradients(
-        a, b, scale, bias, Pairs(None, *ids), weights, arguments[-4:]
+        a, b, scale, bias, Pairs(None, *ids), grad_softplus.double(), arguments[-4:]
     )
 
 
 def _second_fake(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    vectors = [a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(2)]
-    return (*(x.new_empty(x.shape) for x in (a, b, scale, bias)), *vectors)
+    of_softplus = a.new_empty(a.shape[0], dtype=torch.float64)
+    return (*(x.new_empty(x.shape) for x in (a, b, scale, bias)), of_softplus)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.gradient_a, ctx.gradient_b = inputs
-    a, b, scale, bias, *ctx.ids = tensors
-    sigmoids, unit_a, unit_b = output[2:]
-    ctx.mark_non_differentiable(sigmoids, unit_a, unit_b)
+    a, b, scale, bias, *ctx.ids, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, scale, bias, sigmoids, unit_a, unit_b)
+    ctx.save_for_backward(a, b, scale, bias, *output[1:])
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     a, b, scale, bias, sigmoids, unit_a, unit_b = ctx.saved_tensors
-    given = [torch.zeros_like(sigmoids) if grad is None else grad for grad in grads[:2]]
+    given = torch.zeros_like(sigmoids) if grads[0] is None else grads[0]
     need_a, need_b, need_scale, need_bias = ctx.needs_input_grad[:4]
     grad_a, grad_b, grad_scale, grad_bias = torch.ops.pyfeat.pair_softplus_backward(
-        a, b, scale, bias, *ctx.ids, sigmoids, *given, unit_a, unit_b, need_a, need_b
+        a, b, scale, bias, *ctx.ids, sigmoids, given, unit_a, unit_b, need_a, need_b
     )
     return (
         grad_a if need_a else None,
@@ -206,7 +189,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     # Sigmoids and unit gradients are made of the others.
-    _contrast_second.keep(ctx, [*inputs[:9], *inputs[10:12]])
+    _contrast_second.keep(ctx, [*inputs[:9], inputs[10]])
 
 
 def _backward_twice(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
@@ -215,11 +198,9 @@ def _backward_twice(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
         _contrast_second.as_features(gradient, features)
         for gradient, features in zip(by[:2], inputs[:2], strict=True)
     )
-    *gradients, of_softplus, of_positives = torch.ops.pyfeat.pair_softplus_second(
-        *inputs, *of_features, *by[2:]
-    )
+    *gradients, of_softplus = torch.ops.pyfeat.pair_softplus_second(*inputs, *of_features, *by[2:])
     ids: list[None] = [None] * 5
-    return (*gradients, *ids, None, of_softplus, of_positives, None, None, None, None)
+    return (*gradients, *ids, None, of_softplus, None, None, None, None)
 
 
 for _device in ("CPU", "CUDA"):

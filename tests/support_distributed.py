@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyfeat._contrast import Pairs, PairSums
 from pyfeat._distributed import distributed_pair_softplus, distributed_pair_sums
 from pyfeat._ranks import SCHEDULES, Ranks, Schedule
-from pyfeat._softplus import SoftplusSums
 from pyfeat.losses import _group
 from pyfeat.losses._group import REDUCES, Meeting, Reduce, check_backend, global_sum
 from tests.support_distributed_losses import LOSS_CASES
@@ -124,19 +123,15 @@ def sums_on_ranks(
 
 def with_softplus_gradients(
     problem: Problem,
-    softplus_of: Callable[[Tensor, Tensor, Tensor, Tensor, Pairs], SoftplusSums],
+    softplus_of: Callable[[Tensor, Tensor, Tensor, Tensor, Pairs], Tensor],
     *,
     uniform: bool,
 ) -> list[Tensor]:
-    """Both sums, and the gradients of one sum of them by features, scale and bias."""
+    """The sums, and the gradients of one sum of them by features, scale and bias."""
     leaves = [x.clone().requires_grad_() for x in (*problem[:3], torch.tensor(-1.5))]
     sums = softplus_of(*leaves, problem.pairs)  # type: ignore[call-arg, arg-type]
-    if uniform:
-        total = 0.37 * (sums.row_softplus - sums.row_positives).sum()
-    else:
-        total = (sums.row_softplus * problem.weights[0]).sum()
-        total = total + (sums.row_positives * problem.weights[2]).sum()
-    return [x.detach() for x in (*sums, *torch.autograd.grad(total, leaves))]
+    total = (sums * (0.37 if uniform else problem.weights[0])).sum()
+    return [x.detach() for x in (sums, *torch.autograd.grad(total, leaves))]
 
 
 def softplus_on_ranks(

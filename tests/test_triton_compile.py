@@ -171,7 +171,7 @@ def _contrast_launches() -> None:
             continue
         for gradient in (False, True):
             wanted = contrast.Wanted(gradient, gradient)
-            contrast.pair_softplus(*inputs[:3], empty(), pairs, (side.lse, side.lse), wanted)
+            contrast.pair_softplus(*inputs[:3], empty(), pairs, side.lse, wanted)
 
 
 def _specialised(kernel: Any, values: dict[str, Any]) -> tuple[dict[str, str], Any, Any]:

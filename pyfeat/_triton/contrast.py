@@ -143,10 +143,10 @@ def pair_softplus(
     scale: Tensor,
     bias: Tensor,
     pairs: Pairs,
-    weights: tuple[Tensor, Tensor],
+    weights: Tensor,
     wanted: Wanted,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Row sums over softplus of all pairs, and the gradients of a sum of them.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row sums over softplus of all pairs, and the gradients of a weighted sum of them.
 
     Args:
         a: As in ``pair_sums``, as are ``b``, ``scale`` and ``pairs``.
@@ -154,12 +154,13 @@ def pair_softplus(
         scale: See above.
         bias: () float.
         pairs: See above; its column bias and how it treats log-sum-exps have no part.
-        weights: (L,) each, gradients by the sums of softplus and by those over positives.
+        weights: (L,), gradients by the sums of softplus.
         wanted: Which gradients are.
 
     Returns:
-        Sums (L,) float64 of ``softplus(S + bias)``, of S over positives and of
-        ``sigmoid(S + bias)``, and the gradients by ``a`` and ``b``, float32, (0, D) if not wanted.
+        Sums (L,) float64 of ``softplus(Z)`` and of ``y sigmoid(Z)``, with ``Z = y (S + bias)``, y -1
+        for positive pairs and 1 for others, and the gradients by ``a`` and ``b``, float32, (0, D) if
+        not wanted.
 
     Precision and memory: as of ``pair_gradients``.
     """
@@ -167,15 +168,15 @@ def pair_softplus(
         problem = AllPairs.of(a, b, scale, pairs._replace(column_bias=None))
         bias = bias.to(a.device)
         if not (wanted.by_a or wanted.by_b):
-            softplus, positives, sigmoids = softplus_sums(problem, bias)
+            softplus, sigmoids = softplus_sums(problem, bias)
             by_a, by_b = (x.new_empty((0, x.shape[1]), dtype=torch.float32) for x in (a, b))
-            return softplus, positives, sigmoids, by_a, by_b
+            return softplus, sigmoids, by_a, by_b
         factor = problem.scale.double()
-        unit = _unit(a, factor, list(weights))
-        terms = (torch.stack([x.double() for x in weights]) * (factor * unit)).float()
+        unit = _unit(a, factor, [weights])
+        terms = (weights.double() * (factor * unit)).float()
         sums, by_a, by_b = softplus_products(problem, bias, terms, a, b, wanted)
-        softplus, positives, sigmoids = sums
-        return softplus, positives, sigmoids, _divided(by_a, unit, a), _divided(by_b, unit, a)
+        softplus, sigmoids = sums
+        return softplus, sigmoids, _divided(by_a, unit, a), _divided(by_b, unit, a)
 
 
 def _unit(values: Tensor, factor: Tensor, weights: list[Tensor]) -> Tensor:

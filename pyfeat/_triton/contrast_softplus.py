@@ -24,16 +24,17 @@ from pyfeat._triton.tiles import SWEEP, TileConfig, swizzled
 
 
 def softplus_sums(problem: AllPairs, bias: Tensor) -> Tensor:
-    """Of every row, sums of softplus, of positives and of sigmoids, (3, L) float64.
+    """Of every row, sums of softplus and of signed sigmoids, (2, L) float64.
 
-    That is ``softplus(S + bias)``, S without the bias, and ``sigmoid(S + bias)``.
+    That is ``softplus(Z)`` and ``y sigmoid(Z)`` of ``Z = y (S + bias)``, y -1 for positive pairs and 1
+    for others.
 
     Args:
         problem: The pairs.
         bias: () float.
     """
     num_rows, num_columns = problem.num_rows, problem.num_columns
-    sums = torch.zeros((3, num_rows), dtype=torch.float64, device=problem.a.device)
+    sums = torch.zeros((2, num_rows), dtype=torch.float64, device=problem.a.device)
     tile = gradient_tile(num_rows, num_columns, problem.a)
     height, width = chunk_shape(num_rows, num_columns, tile)
     for first_row in range(0, num_rows, height):
@@ -57,8 +58,7 @@ def softplus_products(
     Args:
         problem: The pairs.
         bias: () float.
-        weights: (2, L) float32: ``G_ij = weights_0i sigmoid(S_ij + bias)``, plus ``weights_1i``
-            where ij is positive.
+        weights: (L,) float32: ``G_ij = weights_i y_ij sigmoid(Z_ij)``.
         a_values: (L, E), features or others in their place.
         b_values: (S, F).
         wanted: Which products are.
@@ -67,10 +67,10 @@ def softplus_products(
         The sums, ``G b_values`` (L, F) and ``G.T a_values`` (S, E), float32, without rows if not
         wanted.
     """
-    sums = torch.zeros((3, problem.num_rows), dtype=torch.float64, device=problem.a.device)
+    sums = torch.zeros((2, problem.num_rows), dtype=torch.float64, device=problem.a.device)
 
     def write(block: Block) -> None:
-        part = weights[:, block.rows]
+        part = weights[block.rows]
         _add_block(block.pairs, block.tile, bias, sums[:, block.rows], part, block.gradient)
 
     return (sums, *products_of_blocks(problem, write, a_values, b_values, wanted))
@@ -84,15 +84,14 @@ def _add_block(
     weights: Tensor | None,
     gradient: Tensor | None,
 ) -> None:
-    """Add the pairs of a block to the sums (3, l) of its rows, and write their gradient."""
+    """Add the pairs of a block to the sums (2, l) of its rows, and write their gradient."""
     column_tiles = triton.cdiv(block.num_columns, tile.block_n)
-    parts = block.a.new_empty((3, column_tiles, block.num_rows), dtype=torch.float32)
+    parts = block.a.new_empty((2, column_tiles, block.num_rows), dtype=torch.float32)
     _softplus_kernel[(tile.num_tiles(block.num_rows, block.num_columns),)](
         *block.arguments(),
         bias,
         parts,
         parts if weights is None else weights,
-        0 if weights is None else weights.stride(0),
         parts if gradient is None else gradient,
         0 if gradient is None else gradient.stride(0),
         GRADIENT=gradient is not None,
@@ -131,7 +130,6 @@ def _quarter(
     num_columns,
     bias,
     weights,
-    weight_plane,
     gradient,
     gradient_stride,
     GRADIENT: tl.constexpr,
@@ -156,26 +154,15 @@ def _quarter(
         KEEP_POSITIVES,
     )
     z = similarity + tl.load(bias).to(tl.float32)
+    z = tl.where(positive, -z, z)
     t = tl.exp2(-tl.abs(z) * LOG2_E)
     softplus = tl.where(counted, tl.maximum(z, 0.0) + _log1p(t), 0.0)
-    larger = 1.0 / (1.0 + t)  # of sigmoid(z) and 1 - sigmoid(z)
-    smaller = t * larger
-    sigmoid = tl.where(counted, tl.where(z >= 0, larger, smaller), 0.0)
+    sigmoid = tl.where(counted, tl.where(z >= 0, 1.0, t) / (1.0 + t), 0.0)
+    sigmoid = tl.where(positive, -sigmoid, sigmoid)
     if GRADIENT:
-        live = row < num_rows
-        weight = tl.load(weights + row, mask=live, other=0.0)[:, None]
-        value = weight * sigmoid
-        if IDS:
-            # w sigmoid + p as (w + p) sigmoid + p (1 - sigmoid), which has its digits where p = -w.
-            pulled = tl.load(weights + weight_plane + row, mask=live, other=0.0)[:, None]
-            rest = tl.where(z >= 0, smaller, larger)
-            value = tl.where(positive, tl.fma(weight + pulled, sigmoid, pulled * rest), value)
-        store_gradient(value, row, column, gradient, gradient_stride)
-    return (
-        tl.sum(softplus, axis=1),
-        tl.sum(tl.where(positive, similarity, 0.0), axis=1),
-        tl.sum(sigmoid, axis=1),
-    )
+        weight = tl.load(weights + row, mask=row < num_rows, other=0.0)[:, None]
+        store_gradient(weight * sigmoid, row, column, gradient, gradient_stride)
+    return tl.sum(softplus, axis=1), tl.sum(sigmoid, axis=1)
 
 
 @triton.jit
@@ -193,7 +180,6 @@ def _half(
     num_columns,
     bias,
     weights,
-    weight_plane,
     gradient,
     gradient_stride,
     GRADIENT: tl.constexpr,
@@ -204,7 +190,7 @@ def _half(
 ):
     """The same of two quarters."""
     left, right = halves(products)
-    softplus, positives, sigmoids = _quarter(
+    softplus, sigmoids = _quarter(
         left,
         row,
         first + tl.arange(0, left.shape[1]),
@@ -218,7 +204,6 @@ def _half(
         num_columns,
         bias,
         weights,
-        weight_plane,
         gradient,
         gradient_stride,
         GRADIENT,
@@ -241,7 +226,6 @@ def _half(
         num_columns,
         bias,
         weights,
-        weight_plane,
         gradient,
         gradient_stride,
         GRADIENT,
@@ -250,7 +234,7 @@ def _half(
         GROUPS,
         KEEP_POSITIVES,
     )
-    return softplus + sums[0], positives + sums[1], sigmoids + sums[2]
+    return softplus + sums[0], sigmoids + sums[1]
 
 
 # One program for each tile of BLOCK_M rows and BLOCK_N columns. Bound by the product, 2 D
@@ -271,9 +255,8 @@ def _softplus_kernel(
     num_columns,
     dim,
     bias,  # []
-    parts,  # [3, column tiles, L] float32: sums of softplus, over positives, of sigmoids
-    weights,  # [2, L] float32 if GRADIENT
-    weight_plane,
+    parts,  # [2, column tiles, L] float32: sums of softplus and of signed sigmoids
+    weights,  # [L] float32 if GRADIENT
     gradient,  # [L, S] float32, float16 or bfloat16 if GRADIENT
     gradient_stride,
     GRADIENT: tl.constexpr,
@@ -309,7 +292,7 @@ def _softplus_kernel(
     )
     left, right = halves(products)
     first = column_tile * BLOCK_N
-    softplus, positives, sigmoids = _half(
+    softplus, sigmoids = _half(
         left,
         row,
         first,
@@ -323,7 +306,6 @@ def _softplus_kernel(
         num_columns,
         bias,
         weights,
-        weight_plane,
         gradient,
         gradient_stride,
         GRADIENT,
@@ -346,7 +328,6 @@ def _softplus_kernel(
         num_columns,
         bias,
         weights,
-        weight_plane,
         gradient,
         gradient_stride,
         GRADIENT,
@@ -359,5 +340,4 @@ def _softplus_kernel(
     plane = column_tiles * num_rows
     live = row < num_rows
     tl.store(at, softplus + sums[0], mask=live)
-    tl.store(at + plane, positives + sums[1], mask=live)
-    tl.store(at + 2 * plane, sigmoids + sums[2], mask=live)
+    tl.store(at + plane, sigmoids + sums[1], mask=live)

@@ -1,16 +1,14 @@
 """The sigmoid loss: every pair is told from the others on its own."""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from pyfeat import reference
 from pyfeat._backends import Backend
 from pyfeat._distributed import distributed_pair_softplus
 from pyfeat._pairs import Pairs
 from pyfeat._ranks import Schedule
-from pyfeat._softplus import SoftplusSums, pair_softplus
+from pyfeat._softplus import pair_softplus
 from pyfeat.losses._arguments import (
     check_same_length,
     checked_features,
@@ -18,7 +16,7 @@ from pyfeat.losses._arguments import (
     positive_number,
 )
 from pyfeat.losses._group import Reduce, given, meeting, outside_graphs
-from pyfeat.losses._positives import checked_ids, count_equal, places_over, row_indices
+from pyfeat.losses._positives import checked_ids, places_over, row_indices
 from pyfeat.losses._reduction import (
     Losses,
     Reduction,
@@ -69,8 +67,7 @@ def siglip_loss(
         () float32, float64 for float64 features, or (N,) with reduction "none".
 
     Precision: products and gradients in float32, sums of the loss in float64; small terms, such as those
-    of a large negative bias, keep their digits; with ids, those of positive pairs are taken from a
-    difference and may be off by 1e-6 for each.
+    of a large negative bias, keep their digits.
     Memory: O(N D); the (N, N) similarities are never stored. The gradients are made in the forward pass.
     Source: Zhai et al., Sigmoid loss for language image pre-training, ICCV 2023, arXiv:2303.15343.
 
@@ -102,22 +99,14 @@ def siglip_loss(
         )
     ranks = met.ranks
     if ids is None:
-        # Left out of the sums, where little is left of its loss a positive pair keeps its digits.
         places = row_indices(a, ranks)
-        pairs = Pairs(None, places, places, places, places)
-        wide = torch.promote_types(a.dtype, torch.float32)
-        products = (a.to(wide) * b.to(wide)).sum(dim=1, dtype=torch.float64)
-        positives = softplus(-(scale.double() * products + bias.double()))
+        pairs = Pairs(None, places, places)
     else:
-        row_ids, column_ids = places_over(*ids, ranks)
-        pairs = Pairs(None, row_ids, column_ids)
-        positives = -bias.double() * count_equal(row_ids, column_ids, ranks)[0]
+        pairs = Pairs(None, *places_over(*ids, ranks))
     if ranks is not None:
-        sums = distributed_pair_softplus(a, b, scale, bias, pairs, ranks=ranks)
+        each = distributed_pair_softplus(a, b, scale, bias, pairs, ranks=ranks)
     elif by_definition:
-        sums = SoftplusSums(*reference.pair_softplus(a, b, scale, bias, *pairs[1:6]))
+        each = reference.pair_softplus(a, b, scale, bias, *pairs[1:6])
     else:
-        sums = pair_softplus(a, b, scale, bias, pairs)
-    # log(1 + exp(-z)) = log(1 + exp(z)) - z, for positive pairs among the sums.
-    each = sums.row_softplus - sums.row_positives + positives
+        each = pair_softplus(a, b, scale, bias, pairs)
     return reduced_mean(op, [Losses(each)], reduction, a, ranks, reduce)

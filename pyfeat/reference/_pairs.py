@@ -70,10 +70,10 @@ def pair_softplus(
     row_groups: Tensor | None = None,
     column_groups: Tensor | None = None,
     keep_positives: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Row sums (L,) of ``softplus(S + bias)`` over what counts, and of S over positives, in float64.
+) -> Tensor:
+    """Row sums (L,) of ``softplus(S + bias)`` over what counts, in float64.
 
-    ``S = scale * a @ b.T``; ids and groups as in ``pair_sums``.
+    ``S = scale * a @ b.T``; positive pairs have ``softplus(-S - bias)``. Ids and groups as in ``pair_sums``.
     """
     s = scale.double() * (a.double() @ b.double().T)  # [L, S]
     positive = left_out = torch.zeros(s.shape, dtype=torch.bool, device=s.device)
@@ -82,8 +82,9 @@ def pair_softplus(
     if row_groups is not None and column_groups is not None:
         left_out = row_groups[:, None] == column_groups
         left_out = left_out & ~positive if keep_positives else left_out
-    softplus = torch.logaddexp(s + bias.double(), s.new_zeros(()))
-    return softplus.where(~left_out, 0.0).sum(dim=1), s.where(positive & ~left_out, 0.0).sum(dim=1)
+    logits = s + bias.double()
+    softplus = torch.logaddexp(torch.where(positive, -logits, logits), s.new_zeros(()))
+    return softplus.where(~left_out, 0.0).sum(dim=1)
 
 
 def _logsumexp(s: Tensor, dim: int) -> Tensor:

@@ -209,18 +209,17 @@ struct GradientTerms {
     const float *shifts, *weights, *positives;
 };
 
-// Z = products + bias, bias = bias + bias_rest in units of the products.
+// Z = y (products + bias), bias = bias + bias_rest in units of the products, y = -1 for positive
+// pairs and 1 for others.
 struct SoftplusTerms {
     float bias, bias_rest;
-    int num_columns;         // that are there
-    const float* weights;    // [MR]
-    const float* positives;  // [MR]
+    int num_columns;       // that are there
+    const float* weights;  // [MR]
 };
 
 struct SoftplusSums {
-    float* softplus;    // [MR, lanes]
-    float* sigmoids;    // [MR, lanes]
-    double* positives;  // [MR], sums of products of positive pairs
+    float* softplus;  // [MR, lanes]
+    float* sigmoids;  // [MR, lanes], of y sigmoid(Z)
 };
 
 constexpr std::int64_t kGradientRows = 96;      // a multiple of every MR
@@ -241,9 +240,9 @@ struct ContrastKernels {
                      const GradientTerms& columns,
                      float* gradient);
 
-    // Adds softplus(Z) and sigmoid(Z) of pairs that count to the sums and writes
-    // gradient[r, c] = weights[r] sigmoid(Z), plus positives[r] for positive pairs, 0 for those
-    // that do not count; MR rows of stride kGradientStride.
+    // Adds softplus(Z) and y sigmoid(Z) of pairs that count to the sums and writes
+    // gradient[r, c] = weights[r] y sigmoid(Z), 0 for pairs that do not count; MR rows of stride
+    // kGradientStride.
     void (*softplus)(const float* products,
                      const PairTile& pairs,
                      const SoftplusTerms& terms,

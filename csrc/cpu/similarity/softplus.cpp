@@ -35,14 +35,13 @@ class Softplus {
           lanes_(kernels.powers.lanes),
           height_(kernels.tile_kernels(Precision::kFloat32).queries),
           terms_(params.pairs, params.a.num_rows, params.b.num_rows),
-          weights_(padded(params.weights, params.a.num_rows, params.scale)),
-          positives_(padded(params.positive_weights, params.a.num_rows, params.scale)) {
+          weights_(padded(params.weights, params.a.num_rows, params.scale)) {
         const double bias = params.bias / Base2::kLog;
         bias_ = static_cast<float>(bias);
         // A bias that loses more than this to rounding outweighs every product.
         const double rest = bias - static_cast<double>(bias_);
         bias_rest_ = std::abs(rest) < 0x1p-10 ? static_cast<float>(rest) : 0.0F;
-        for (std::vector<double>* sums : {&softplus_, &sigmoids_, &products_}) {
+        for (std::vector<double>* sums : {&softplus_, &sigmoids_}) {
             sums->assign(to_size(params.a.num_rows + kPadding), 0.0);
         }
     }
@@ -51,7 +50,6 @@ class Softplus {
         for (std::int64_t i = 0; i < params.a.num_rows; ++i) {
             params.softplus[i] = softplus_[to_size(i)];
             params.sigmoids[i] = sigmoids_[to_size(i)];
-            params.positives[i] = products_[to_size(i)] * Base2::kLog;
         }
     }
 
@@ -63,15 +61,12 @@ class Softplus {
         }
 
         void add(const float* products, std::int64_t column, int num_columns, float* gradient) {
-            whole_.kernel_(products,
-                           whole_.terms_.from(row_, column).terms,
-                           {whole_.bias_,
-                            whole_.bias_rest_,
-                            num_columns,
-                            whole_.weights_.data() + row_,
-                            whole_.positives_.data() + row_},
-                           {softplus_, sigmoids_, &whole_.products_[to_size(row_)]},
-                           gradient);
+            whole_.kernel_(
+                products,
+                whole_.terms_.from(row_, column).terms,
+                {whole_.bias_, whole_.bias_rest_, num_columns, whole_.weights_.data() + row_},
+                {softplus_, sigmoids_},
+                gradient);
         }
         // float32 sums have got one term for every register of the strip's tiles: 30 at most.
         void end() {
@@ -93,9 +88,9 @@ class Softplus {
     decltype(ContrastKernels::softplus) kernel_;
     int lanes_, height_;
     PaddedTerms terms_;
-    AlignedFloats weights_, positives_;
+    AlignedFloats weights_;
     float bias_, bias_rest_;
-    std::vector<double> softplus_, sigmoids_, products_;  // [L]
+    std::vector<double> softplus_, sigmoids_;  // [L]
 };
 
 }  // namespace

@@ -162,7 +162,8 @@ inline Floats log_one_plus(Floats e) {
 }
 
 // softplus(z) = max(z, 0) + ln(1 + e) and sigmoid(z) = (e if z < 0, else 1) / (1 + e), where
-// e = exp(-|z|) = 2^-|x| cannot overflow.
+// e = exp(-|z|) = 2^-|x| cannot overflow. Positive pairs have their signs turned before and after,
+// so that a loss near 0 keeps its digits.
 void softplus_tile(const float* products,
                    const pyfeat::PairTile& pairs,
                    const pyfeat::SoftplusTerms& terms,
@@ -172,13 +173,18 @@ void softplus_tile(const float* products,
     const Floats bias = broadcast(terms.bias), rest = broadcast(terms.bias_rest);
     const std::uint32_t missing =
         terms.num_columns < kTileRows ? kAllColumns << terms.num_columns & kAllColumns : 0U;
+    alignas(64) float signs[kTileRows];
+    for (int v = 0; v < kTileVectors; ++v) {
+        store(signs + v * kLanes, broadcast(1.0F));
+    }
     for (int r = 0; r < kTileQueries; ++r) {
         alignas(64) float row[kTileRows];
         for (int v = 0; v < kTileVectors; ++v) {
             store(row + v * kLanes, load(products + r * kTileRows + v * kLanes));
         }
         const PairMasks masks = masks_of(pairs, r);
-        for_bits(masks.positive, [&](int c) { sums.positives[r] += static_cast<double>(row[c]); });
+        const std::uint32_t positive = masks.positive & ~missing;
+        for_bits(positive, [&](int c) { signs[c] = -1.0F; });
         for_bits(masks.left_out | missing, [&](int c) { row[c] = pyfeat::kNoProduct; });
         float* to = gradient + r * pyfeat::kGradientStride;
         const Floats weight = broadcast(terms.weights[r]);
@@ -186,21 +192,23 @@ void softplus_tile(const float* products,
         Floats sigmoids = load(sums.sigmoids + r * kLanes);
         PYFEAT_UNROLL
         for (int v = 0; v < kTileVectors; ++v) {
-            const Floats x = add(load(row + v * kLanes), bias);
+            const Floats sign = load(signs + v * kLanes);
+            const Floats x = multiply(sign, add(load(row + v * kLanes), bias));
             const Floats negated = subtract(zero(), x);
             // What the bias lost to rounding is added to the exponent, which it hardly changes.
-            const Floats more = if_negative(x, rest, subtract(zero(), rest));
+            const Floats lost = multiply(sign, rest);
+            const Floats more = if_negative(x, lost, subtract(zero(), lost));
             const Floats e = shifted(split_power(if_negative(x, x, negated), more), zero());
             const Floats one = broadcast(1.0F);
-            const Floats above = maximum(add(x, rest), zero());
+            const Floats above = maximum(add(x, lost), zero());
             softplus = add(softplus, multiply_add(above, broadcast(kLog2), log_one_plus(e)));
-            const Floats sigmoid = divide(if_negative(x, e, one), add(one, e));
+            const Floats sigmoid = multiply(sign, divide(if_negative(x, e, one), add(one, e)));
             sigmoids = add(sigmoids, sigmoid);
             store(to + v * kLanes, multiply(weight, sigmoid));
         }
         store(sums.softplus + r * kLanes, softplus);
         store(sums.sigmoids + r * kLanes, sigmoids);
-        for_bits(masks.positive, [&](int c) { to[c] += terms.positives[r]; });
+        for_bits(positive, [&](int c) { signs[c] = 1.0F; });
     }
 }
 
