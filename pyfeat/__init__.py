@@ -3,7 +3,7 @@
 An import goes down this picture, never up::
 
     pipelines   pyfeat.anomaly (fit, score, report)     pyfeat command line
-    objects     MemoryBank    PatchCore
+    objects     MemoryBank    PatchCore    MultiScaleDeformAttn
     ops         knn    greedy_coreset    match    losses (info_nce, clip, siglip, ...)    deform_attn
     engines     similarity: tiles of A B^T, used and dropped       sampling: n-D multilinear gather
     backends    cpu (C++: scalar, AVX2, AVX-512, AMX, NEON)   triton   reference (plain PyTorch)
@@ -12,7 +12,7 @@ An import goes down this picture, never up::
 from pyfeat import losses
 from pyfeat._C import __version__
 from pyfeat._info import info
-from pyfeat.attention import deform_attn
+from pyfeat.attention import MultiScaleDeformAttn, deform_attn
 from pyfeat.coreset import Coreset, greedy_coreset
 from pyfeat.matching import Matches, match
 from pyfeat.memory import MemoryBank
@@ -22,6 +22,7 @@ __all__ = [
     "Coreset",
     "Matches",
     "MemoryBank",
+    "MultiScaleDeformAttn",
     "Neighbours",
     "RangeNeighbours",
     "__version__",

@@ -20,6 +20,16 @@ def check_choice(op: str, name: str, value: object, choices: Collection[object])
         raise ValueError(message)
 
 
+def check_count(op: str, name: str, value: object) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        message = f"{op}: {name} must be an integer, got {value!r}"
+        raise TypeError(message)
+    if value < 1:
+        message = f"{op}: {name} must be at least 1, got {value}"
+        raise ValueError(message)
+
+
 def check_features(
     op: str,
     name: str,

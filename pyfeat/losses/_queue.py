@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pyfeat._checks import DTYPES, check_features, check_finite, dtype_name
+from pyfeat._checks import DTYPES, check_count, check_features, check_finite, dtype_name
 from pyfeat._ids import as_ids
 from pyfeat._ranks import Columns, over_all_columns
 from pyfeat.losses._arguments import check_shape
@@ -61,12 +61,7 @@ class FeatureQueue(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                message = f"FeatureQueue: {name} must be an integer, got {value!r}"
-                raise TypeError(message)
-            if value < 1:
-                message = f"FeatureQueue: {name} must be at least 1, got {value}"
-                raise ValueError(message)
+            check_count("FeatureQueue", name, value)
         if dtype not in DTYPES:
             wanted = " or ".join(map(dtype_name, DTYPES))
             message = f"FeatureQueue: dtype must be {wanted}, got {dtype!r}"
