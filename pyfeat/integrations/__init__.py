@@ -1,0 +1,1 @@
+"""Deformable attention of this library inside others; each of them an optional dependency."""
