@@ -16,7 +16,7 @@ class _Call(NamedTuple):
     locations: Tensor
     weights: Tensor
     dtype: torch.dtype
-    arguments: Any  # of the compiled functions
+    arguments: dict[str, Any]  # of the compiled functions
 
 
 def _call(
@@ -31,13 +31,15 @@ def _call(
     value = _with_contiguous_end(value, 1)
     locations = _with_contiguous_end(locations.to(dtype), 2)
     weights = _with_contiguous_end(weights.to(dtype), 1)
-    arguments = (
-        (value.data_ptr(), getattr(_C.Dtype, dtype_name(value.dtype)), *value.stride()[:3]),
-        (*value.shape, locations.shape[1]),
-        (locations.shape[-1], shapes, num_points, *flags),
-        (locations.data_ptr(), *locations.stride()[:3]),
-        (weights.data_ptr(), *weights.stride()[:3]),
-    )
+    value_dtype = getattr(_C.Dtype, dtype_name(value.dtype))
+    arguments = {
+        "value": (value.data_ptr(), value_dtype, *value.stride()[:3]),
+        "sizes": (*value.shape, locations.shape[1]),
+        "levels": (locations.shape[-1], shapes, num_points, *flags),
+        "locations": (locations.data_ptr(), *locations.stride()[:3]),
+        "weights": (weights.data_ptr(), *weights.stride()[:3]),
+        "num_threads": torch.get_num_threads(),
+    }
     return _Call(value, locations, weights, dtype, arguments)
 
 
@@ -61,9 +63,7 @@ def forward(value: Tensor, *inputs: Any) -> Tensor:
     call = _call(value, *inputs)
     batch, _, heads, dim = value.shape
     output = value.new_empty((batch, inputs[2].shape[1], heads * dim), dtype=call.dtype)
-    _C.deform_attn_cpu(
-        *call.arguments, output=output.data_ptr(), num_threads=torch.get_num_threads()
-    )
+    _C.deform_attn_cpu(**call.arguments, output=output.data_ptr())
     return output.to(value.dtype)
 
 
@@ -77,10 +77,9 @@ def backward(value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     # The gradient of the values is added to.
     gradients = [torch.zeros(x.shape if needed else (0,), dtype=call.dtype) for x, needed in wanted]
     _C.deform_attn_backward_cpu(
-        *call.arguments,
+        **call.arguments,
         grad_output=grad_output.data_ptr(),
         gradients=_addresses(gradients),
-        num_threads=torch.get_num_threads(),
     )
     return tuple(
         x.to(given.dtype) for x, given in zip(gradients, (value, *points[2:4]), strict=True)
@@ -95,10 +94,9 @@ def second(value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     given = (value, points[2], points[3], grad_output)
     gradients = [torch.zeros(x.shape, dtype=call.dtype) for x in given]
     _C.deform_attn_second_cpu(
-        *call.arguments,
+        **call.arguments,
         grad_output=upstream.data_ptr(),
         cotangents=_addresses(by),
         gradients=(_addresses(gradients[:3]), gradients[3].data_ptr()),
-        num_threads=torch.get_num_threads(),
     )
     return tuple(x.to(like.dtype) for x, like in zip(gradients, given, strict=True))
