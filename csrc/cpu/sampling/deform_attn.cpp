@@ -328,7 +328,7 @@ class DeformAttn {
         });
         if (packs_ && whole) {
             const Cells<Real> to = value_gradient(given, pair, worker);
-            for (std::int64_t s = 0; s < params_.num_cells; ++s) {
+            for (std::int32_t s = 0; s < params_.num_cells; ++s) {
                 std::copy_n(cells.row(s), params_.dim, to.row(s));
             }
         }

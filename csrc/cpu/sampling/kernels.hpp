@@ -22,9 +22,9 @@ struct PointTable {
     // u = location * factor - shift
     const Real* factors[kMaxDims];  // [slots]
     Real shift;
-    const Real* extents[kMaxDims];          // [slots], cells of the level along the axis
-    const std::int64_t* strides[kMaxDims];  // [slots], cells from one to the next along the axis
-    const std::int64_t* starts;             // [slots], first cell of the level
+    const std::int32_t* extents[kMaxDims];  // [slots], cells of the level along the axis
+    const std::int32_t* strides[kMaxDims];  // [slots], cells from one to the next along the axis
+    const std::int32_t* starts;             // [slots], first cell of the level
     bool border, discrete, softmax;
 
     // Corners that a point has.
@@ -50,7 +50,7 @@ struct Cells {
     std::int64_t stride;  // from one cell to the next
     T* outside;           // [dim]
 
-    T* row(std::int64_t cell) const {
+    T* row(std::int32_t cell) const {
         return cell < 0 ? outside : data + cell * stride;
     }
 };

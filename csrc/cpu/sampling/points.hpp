@@ -29,8 +29,19 @@ class Scratch {
     double* next_;
 };
 
-// Added to the number of a cell along an axis where there is none: sums of three stay below 0.
-constexpr std::int64_t kNoCell = INT64_MIN / 8;
+// Stands for the number of a cell, in all or along an axis, where there is none.
+constexpr std::int32_t kNoCell = -1;
+
+// use(t) for t in [0, slots), by blocks of a constant size.
+template <typename Use>
+PYFEAT_INLINE inline void for_slots(std::int64_t slots, Use use) {
+    for (std::int64_t first = 0; first < slots; first += pyfeat::kPointBlock) {
+        PYFEAT_INDEPENDENT
+        for (std::int64_t i = 0; i < pyfeat::kPointBlock; ++i) {
+            use(first + i);
+        }
+    }
+}
 
 // Arrays over the slots. Along each axis a point lies between a cell and the next, "low" and
 // "high"; corner e takes the high one along the axes of the bits of e.
@@ -46,7 +57,7 @@ class Points {
             for (int side = 0; side < 2; ++side) {
                 shares_[side][j] = take<Real>(scratch);
                 slopes_[side][j] = take<Real>(scratch);
-                offsets_[side][j] = take<std::int64_t>(scratch);
+                offsets_[side][j] = take<std::int32_t>(scratch);
             }
             // No point: not to be changed where `locate` reads no location.
             for (std::int64_t t = 0; t < num_slots_; ++t) {
@@ -57,7 +68,7 @@ class Points {
             weights_[t] = Real{0};
         }
         for (int e = 0; e < kCorners; ++e) {
-            cells_[e] = take<std::int64_t>(scratch);
+            cells_[e] = take<std::int32_t>(scratch);
         }
     }
 
@@ -72,7 +83,7 @@ class Points {
         return weights_;
     }
     // Below 0 where there is none.
-    const std::int64_t* cells(int corner) const {
+    const std::int32_t* cells(int corner) const {
         return cells_[corner];
     }
 
@@ -105,15 +116,7 @@ class Points {
             }
         }
         for (int e = 0; e < kCorners; ++e) {
-            PYFEAT_INDEPENDENT
-            for (std::int64_t t = 0; t < num_slots_; ++t) {
-                std::int64_t offset = 0;
-                PYFEAT_UNROLL
-                for (int j = 0; j < kDims; ++j) {
-                    offset += offsets_[e >> j & 1][j][t];
-                }
-                cells_[e][t] = offset < 0 ? -1 : table_.starts[t] + offset;
-            }
+            number_cells(e);
         }
     }
 
@@ -135,6 +138,8 @@ class Points {
     }
 
   private:
+    static constexpr Real kBefore{-2};  // where neither a cell nor the next is there
+
     template <typename T>
     T* take(Scratch& scratch) const {
         return scratch.take<T>(num_slots_);
@@ -164,54 +169,79 @@ class Points {
         }
     }
 
-    // Comparisons come before conversions to whole numbers, which are not defined for all floats.
+    // Clipped before it is converted: that is not defined for all floats. What compares with
+    // nothing lies beyond the border. In selects that compilers turn into registers; of a number
+    // from 0 to N one comparison without signs is enough.
     template <bool kBorder>
     void place(int j) {
-        const Real *factors = table_.factors[j], *extents = table_.extents[j];
-        const std::int64_t* strides = table_.strides[j];
-        const Real* coordinates = coordinates_[j];
+        const Real *coordinates = coordinates_[j], *factors = table_.factors[j];
+        const std::int32_t *extents = table_.extents[j], *strides = table_.strides[j];
         Real *low = shares_[0][j], *high = shares_[1][j];
         Real *low_slope = slopes_[0][j], *high_slope = slopes_[1][j];
-        std::int64_t *low_offset = offsets_[0][j], *high_offset = offsets_[1][j];
+        std::int32_t *low_offset = offsets_[0][j], *high_offset = offsets_[1][j];
         const Real shift = table_.shift;
-        PYFEAT_INDEPENDENT
-        for (std::int64_t t = 0; t < num_slots_; ++t) {
-            const Real p = coordinates[t], last = extents[t] - Real{1};
-            Real u = p * factors[t] - shift;
-            bool there, moves = true;
+        for_slots(num_slots_, [=](std::int64_t t) {
+            const Real p = coordinates[t], extent = static_cast<Real>(extents[t]);
+            Real u = p * factors[t] - shift, slope{1};
             if constexpr (kBorder) {
-                there = p == p && last >= Real{0};
-                moves = u > Real{0} && u < last;
+                const Real last = extent - Real{1};
+                slope = (u > Real{0} ? Real{1} : Real{0}) * (u < last ? Real{1} : Real{0});
                 u = u > Real{0} ? u : Real{0};
                 u = u < last ? u : last;
+                u = p == p ? u : kBefore;
             } else {
-                there = u >= Real{-1} && u < extents[t];
+                u = u > kBefore ? u : kBefore;
+                u = u < extent ? u : extent;
             }
-            u = there ? u : Real{0};
-            const Real whole = std::floor(u);
-            const Real above = u - whole, slope = moves ? Real{1} : Real{0};
-            const bool has_low = there && whole >= Real{0}, has_high = there && whole < last;
+            const Real whole = std::floor(u), above = u - whole;
+            const auto cell = static_cast<std::int32_t>(whole);
+            const std::int32_t offset = cell * strides[t];
+            const bool has_low = is_below(cell, extents[t]);
             low[t] = has_low ? Real{1} - above : Real{0};
-            high[t] = has_high ? above : Real{0};
             low_slope[t] = has_low ? -slope : Real{0};
+            low_offset[t] = has_low ? offset : kNoCell;
+            const bool has_high = is_below(cell + 1, extents[t]);
+            high[t] = has_high ? above : Real{0};
             high_slope[t] = has_high ? slope : Real{0};
-            const auto cell = static_cast<std::int64_t>(whole);
-            low_offset[t] = has_low ? cell * strides[t] : kNoCell;
-            high_offset[t] = has_high ? (cell + 1) * strides[t] : kNoCell;
-        }
+            high_offset[t] = has_high ? offset + strides[t] : kNoCell;
+        });
     }
 
     void place_discrete(int j) {
-        PYFEAT_INDEPENDENT
-        for (std::int64_t t = 0; t < num_slots_; ++t) {
-            const Real p = coordinates_[j][t], extent = table_.extents[j][t];
+        const Real* coordinates = coordinates_[j];
+        const std::int32_t *extents = table_.extents[j], *strides = table_.strides[j];
+        std::int32_t* offsets = offsets_[0][j];
+        for_slots(num_slots_, [=](std::int64_t t) {
+            const Real p = coordinates[t], extent = static_cast<Real>(extents[t]);
+            const Real last = extent - Real{1};
             Real u = p * extent + Real{0.5};
             u = u > Real{0} ? u : Real{0};
-            u = u < extent - Real{1} ? u : extent - Real{1};
-            const bool there = p == p && extent > Real{0};
-            const auto cell = static_cast<std::int64_t>(there ? u : Real{0});
-            offsets_[0][j][t] = there ? cell * table_.strides[j][t] : kNoCell;
+            u = u < last ? u : last;
+            u = p == p ? u : kBefore;
+            const auto cell = static_cast<std::int32_t>(u);
+            offsets[t] = is_below(cell, extents[t]) ? cell * strides[t] : kNoCell;
+        });
+    }
+
+    static bool is_below(std::int32_t cell, std::int32_t extent) {
+        return static_cast<std::uint32_t>(cell) < static_cast<std::uint32_t>(extent);
+    }
+
+    void number_cells(int corner) {
+        const std::int32_t *starts = table_.starts, *offsets[kDims];
+        for (int j = 0; j < kDims; ++j) {
+            offsets[j] = offsets_[corner >> j & 1][j];
         }
+        std::int32_t* cells = cells_[corner];
+        for_slots(num_slots_, [=](std::int64_t t) {
+            std::int32_t cell = starts[t], marks = 0;
+            PYFEAT_UNROLL
+            for (int j = 0; j < kDims; ++j) {
+                cell += offsets[j][t];
+                marks |= offsets[j][t];
+            }
+            cells[t] = marks < 0 ? kNoCell : cell;
+        });
     }
 
     const pyfeat::PointTable<Real>& table_;
@@ -219,8 +249,8 @@ class Points {
     Real* weights_;
     Real* coordinates_[kDims];
     Real *shares_[2][kDims], *slopes_[2][kDims];
-    std::int64_t* offsets_[2][kDims];
-    std::int64_t* cells_[kCorners];
+    std::int32_t* offsets_[2][kDims];
+    std::int32_t* cells_[kCorners];
 };
 
 }  // namespace

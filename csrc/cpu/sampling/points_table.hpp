@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "check.hpp"
 #include "cpu/sampling/kernels.hpp"
 #include "params.hpp"
 
@@ -15,6 +16,9 @@ class FilledPointTable {
   public:
     explicit FilledPointTable(const DeformAttnParams& params) {
         const int n = params.num_dims;
+        PYFEAT_CHECK(params.num_cells <= INT32_MAX,
+                     "deform_attn: value must have fewer than 2^31 cells, S, got ",
+                     params.num_cells);
         std::int64_t num_points = 0;
         for (const std::int64_t count : params.num_points) {
             num_points += count;
@@ -22,7 +26,7 @@ class FilledPointTable {
         const std::int64_t slots = (num_points + kPointBlock - 1) / kPointBlock * kPointBlock;
         // Slots without a point lie on a level without cells.
         factors_.assign(static_cast<std::size_t>(n * slots), Real{0});
-        extents_.assign(static_cast<std::size_t>(n * slots), Real{0});
+        extents_.assign(static_cast<std::size_t>(n * slots), 0);
         strides_.assign(static_cast<std::size_t>(n * slots), 0);
         starts_.assign(static_cast<std::size_t>(slots), 0);
         std::int64_t slot = 0, start = 0;
@@ -35,13 +39,13 @@ class FilledPointTable {
                 for (std::int64_t t = 0; t < params.num_points[level]; ++t) {
                     const auto at = static_cast<std::size_t>(j * slots + slot + t);
                     factors_[at] = static_cast<Real>(factor);
-                    extents_[at] = static_cast<Real>(extent);
-                    strides_[at] = cells;
+                    extents_[at] = static_cast<std::int32_t>(extent);
+                    strides_[at] = static_cast<std::int32_t>(cells);
                 }
                 cells *= extent;
             }
             for (std::int64_t t = 0; t < params.num_points[level]; ++t) {
-                starts_[static_cast<std::size_t>(slot + t)] = start;
+                starts_[static_cast<std::size_t>(slot + t)] = static_cast<std::int32_t>(start);
             }
             slot += params.num_points[level];
             start += cells;
@@ -68,9 +72,9 @@ class FilledPointTable {
     }
 
   private:
-    std::vector<Real> factors_, extents_;  // [n, slots]
-    std::vector<std::int64_t> strides_;    // [n, slots]
-    std::vector<std::int64_t> starts_;     // [slots]
+    std::vector<Real> factors_;                    // [n, slots]
+    std::vector<std::int32_t> extents_, strides_;  // [n, slots]
+    std::vector<std::int32_t> starts_;             // [slots]
     PointTable<Real> table_{};
 };
 

@@ -32,22 +32,16 @@ class Corners {
     }
     void find_rows(const pyfeat::Cells<Real>& cells, Real** rows) const {
         for (int e = 0; e < kCorners; ++e) {
-            const std::int64_t* numbers = points_.cells(e);
+            const std::int32_t* numbers = points_.cells(e);
             Real** to = rows + e * slots_;
-            PYFEAT_INDEPENDENT
-            for (std::int64_t t = 0; t < slots_; ++t) {
-                to[t] = cells.row(numbers[t]);
-            }
+            for_slots(slots_, [=](std::int64_t t) { to[t] = cells.row(numbers[t]); });
         }
     }
     void find_rows(const pyfeat::Cells<const Real>& cells, const Real** rows) const {
         for (int e = 0; e < kCorners; ++e) {
-            const std::int64_t* numbers = points_.cells(e);
+            const std::int32_t* numbers = points_.cells(e);
             const Real** to = rows + e * slots_;
-            PYFEAT_INDEPENDENT
-            for (std::int64_t t = 0; t < slots_; ++t) {
-                to[t] = cells.row(numbers[t]);
-            }
+            for_slots(slots_, [=](std::int64_t t) { to[t] = cells.row(numbers[t]); });
         }
     }
     // factors[e, t] = of(e, t)
@@ -55,10 +49,7 @@ class Corners {
     void fill_factors(Of of) {
         for (int e = 0; e < kCorners; ++e) {
             Real* to = factors_ + e * slots_;
-            PYFEAT_INDEPENDENT
-            for (std::int64_t t = 0; t < slots_; ++t) {
-                to[t] = of(e, t);
-            }
+            for_slots(slots_, [=](std::int64_t t) { to[t] = of(e, t); });
         }
     }
 
@@ -68,6 +59,35 @@ class Corners {
     Scratch& scratch_;
     Real* factors_;
 };
+
+// What a query reads lies far from what the one before it read, and is asked for ahead.
+constexpr std::int64_t kQueriesAhead = 6;
+
+template <typename T>
+inline void ask_for(const T* data, std::int64_t count) {
+    constexpr auto kLine = static_cast<std::int64_t>(64 / sizeof(T));
+    for (std::int64_t i = 0; i < count; i += kLine) {
+        PYFEAT_PREFETCH(data + i);
+    }
+}
+
+// Places the points of query q.
+template <typename Real, int kDims, bool kDiscrete>
+inline void locate(const pyfeat::Samples<Real>& samples,
+                   std::int64_t q,
+                   Points<Real, kDims, kDiscrete>& points) {
+    const auto locations = [&](std::int64_t i) {
+        return samples.locations + i * samples.location_stride;
+    };
+    const auto weights = [&](std::int64_t i) {
+        return samples.weights + i * samples.weight_stride;
+    };
+    if (q + kQueriesAhead < samples.num_queries) {
+        ask_for(locations(q + kQueriesAhead), points.num_points() * kDims);
+        ask_for(weights(q + kQueriesAhead), points.num_points());
+    }
+    points.locate(locations(q), weights(q));
+}
 
 template <typename Real, int kDims, bool kDiscrete>
 void gather(const pyfeat::PointTable<Real>& table,
@@ -81,8 +101,7 @@ void gather(const pyfeat::PointTable<Real>& table,
     Corners<Real, kDims, kDiscrete> corners(points, scratch);
     const Real** rows = corners.template take<const Real*>();
     for (std::int64_t q = 0; q < samples.num_queries; ++q) {
-        points.locate(samples.locations + q * samples.location_stride,
-                      samples.weights + q * samples.weight_stride);
+        locate(samples, q, points);
         corners.find_rows(values, rows);
         corners.fill_factors([&](int e, std::int64_t t) { return points.weight(e, t); });
         add_rows(corners.counts(), corners.factors(), rows, dim, false, output.row(q));
@@ -115,10 +134,8 @@ void write_gradients(const Points<Real, kDims, kDiscrete>& points,
     const Real* weights = points.weights();
     const std::int64_t num_points = table.num_points;
     if (gradients.weights.data != nullptr) {
-        PYFEAT_INDEPENDENT
-        for (std::int64_t t = 0; t < table.num_slots; ++t) {
-            by_weight[t] = at_point(points, dots, t);
-        }
+        for_slots(table.num_slots,
+                  [&](std::int64_t t) { by_weight[t] = at_point(points, dots, t); });
         Real mean{0};
         for (std::int64_t t = 0; t < num_points && table.softmax; ++t) {
             mean += weights[t] * by_weight[t];
@@ -133,11 +150,10 @@ void write_gradients(const Points<Real, kDims, kDiscrete>& points,
             Real* to = gradients.locations.row(q);
             for (int j = 0; j < kDims; ++j) {
                 const Real* factors = table.factors[j];
-                PYFEAT_INDEPENDENT
-                for (std::int64_t t = 0; t < table.num_slots; ++t) {
+                for_slots(table.num_slots, [&](std::int64_t t) {
                     const Real slope = at_point(points, dots, t, j);
                     by_weight[t] = points.is_there(t) ? weights[t] * factors[t] * slope : Real{0};
-                }
+                });
                 for (std::int64_t t = 0; t < num_points; ++t) {
                     to[t * kDims + j] = by_weight[t];
                 }
@@ -164,8 +180,10 @@ void gradients(const pyfeat::PointTable<Real>& table,
     Real* partial = scratch.take<Real>(table.num_slots * corners.kCorners * 16);
     const bool by_points = gradients.weights.data != nullptr || gradients.locations.data != nullptr;
     for (std::int64_t q = 0; q < samples.num_queries; ++q) {
-        points.locate(samples.locations + q * samples.location_stride,
-                      samples.weights + q * samples.weight_stride);
+        locate(samples, q, points);
+        if (q + kQueriesAhead < samples.num_queries) {
+            ask_for(upstream.row(q + kQueriesAhead), dim);
+        }
         if (by_points) {
             corners.find_rows(values, rows);
             dot_rows(corners.counts(), rows, upstream.row(q), dim, partial, dots);
@@ -217,8 +235,7 @@ void second_gradients(const pyfeat::PointTable<Real>& table,
         const auto by_u = [&](int j, std::int64_t t) {
             return table.factors[j][t] * by_locations[t * kDims + j];
         };
-        points.locate(samples.locations + q * samples.location_stride,
-                      samples.weights + q * samples.weight_stride);
+        locate(samples, q, points);
         corners.find_rows(values, rows);
         corners.find_rows(second.by_value, by_rows);
         corners.find_rows(gradients.value, grad_rows);
