@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyfeat import _contrast_cuda
+from pyfeat import _contrast_cuda, _sampling_cuda
 from pyfeat._pairs import Pairs
 
 if importlib.util.find_spec("triton") is None:
@@ -32,6 +32,7 @@ def _import_interpreted() -> None:
         interpreter = importlib.import_module("triton.runtime.interpreter")
         standard = importlib.import_module("triton.language.standard")
         importlib.import_module("pyfeat._triton.contrast")
+        importlib.import_module("pyfeat._triton.sampling_gradient")
         similarity.knn(torch.zeros(1, 1), torch.zeros(1, 1), 1, "euclidean")  # imports the rest
     if not isinstance(standard.cdiv, interpreter.InterpretedFunction):
         message = f"triton was imported before {__name__}, which {similarity.__name__} needs first"
@@ -62,6 +63,10 @@ contrast: Any = importlib.import_module("pyfeat._triton.contrast")
 contrast_products: Any = importlib.import_module("pyfeat._triton.contrast_products")
 contrast_sums: Any = importlib.import_module("pyfeat._triton.contrast_sums")
 contrast_tiles: Any = importlib.import_module("pyfeat._triton.contrast_tiles")
+sampling: Any = importlib.import_module("pyfeat._triton.sampling")
+sampling_arguments: Any = importlib.import_module("pyfeat._triton.sampling_arguments")
+sampling_gradient: Any = importlib.import_module("pyfeat._triton.sampling_gradient")
+sampling_sorted: Any = importlib.import_module("pyfeat._triton.sampling_sorted")
 
 
 def triton_knn(
@@ -96,7 +101,7 @@ def masks_of(pairs: Pairs, num_rows: int, num_columns: int) -> tuple[Tensor, Ten
 
 
 class TritonOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs the ops over all pairs as on a GPU, on tensors of any device."""
+    """Runs the ops as on a GPU, but for the search, on tensors of any device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -108,5 +113,8 @@ class TritonOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
             torch.ops.pyfeat.pair_sums.default: _contrast_cuda.forward,
             torch.ops.pyfeat.pair_sums_backward.default: _contrast_cuda.backward,
             torch.ops.pyfeat.weighted_features.default: _contrast_cuda.weighted,
+            torch.ops.pyfeat.deform_attn.default: _sampling_cuda.forward,
+            torch.ops.pyfeat.deform_attn_backward.default: _sampling_cuda.backward,
+            torch.ops.pyfeat.deform_attn_second.default: _sampling_cuda.second,
         }
         return launchers.get(func, func)(*args, **(kwargs or {}))

@@ -7,6 +7,7 @@ a process of its own: in this one, Triton may be set to interpret.
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -41,6 +42,12 @@ _CONTRAST_KERNELS = {
     "_pair_sums_kernel",
     "_softplus_kernel",
 }
+_SAMPLING_KERNELS = {
+    "_corner_terms_kernel",
+    "_gather_terms_kernel",
+    "_sampled_sums_kernel",
+    "_sampling_gradients_kernel",
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -71,7 +78,8 @@ def compiled(
 
 def test_every_kernel_compiles_without_spills(compiled: tuple[int, list[Kernel]]) -> None:
     arch, kernels = compiled
-    assert {kernel["name"] for kernel in kernels} == _SEARCH_KERNELS | _CONTRAST_KERNELS
+    names = _SEARCH_KERNELS | _CONTRAST_KERNELS | _SAMPLING_KERNELS
+    assert {kernel["name"] for kernel in kernels} == names
     for kernel in kernels:
         assert kernel["spilled_bytes"] == 0, kernel
         assert kernel["shared_bytes"] <= SHARED_MEMORY[arch], kernel
@@ -110,6 +118,24 @@ def test_no_multiplication_is_fused_with_an_addition_in_float64(
     for kernel in compiled[1]:
         if kernel["name"] in _SEARCH_KERNELS:
             assert kernel["instructions"]["contracted"] == 0, kernel
+
+
+def test_corners_are_read_and_added_to_16_bytes_at_a_time(
+    compiled: tuple[int, list[Kernel]],
+) -> None:
+    arch, kernels = compiled
+    for kernel in kernels:
+        constants = kernel["constants"]
+        if kernel["name"] not in _SAMPLING_KERNELS or constants.get("D") != 32:
+            continue
+        if kernel["name"] == "_gather_terms_kernel":
+            assert kernel["instructions"]["ld.v4"] > 0, kernel
+        elif kernel["dtypes"][0] != "*fp64":
+            corners = 1 if constants["DISCRETE"] else 2 ** constants["N"]
+            assert kernel["instructions"]["ld.v4"] >= corners, kernel
+            # Before compute capability 9.0 there are additions of single floats only.
+            if arch == 90 and constants.get("SCATTERS"):
+                assert kernel["instructions"]["red.v4"] >= corners, kernel
 
 
 def _search_launches() -> None:
@@ -174,6 +200,43 @@ def _contrast_launches() -> None:
             contrast.pair_softplus(*inputs[:3], empty(), pairs, side.lse, wanted)
 
 
+def _sampling_launches() -> None:
+    """What covers all dimensions, dtypes and modes, few queries and the cells of levels."""
+    from pyfeat import _sampling_cuda
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    line: list[tuple[int, ...]] = [(4096,), (100,)]
+    plane: list[tuple[int, ...]] = [(80, 60), (40, 30), (20, 15)]
+    space: list[tuple[int, ...]] = [(16, 24, 32), (8, 9, 7)]
+    wide: list[tuple[int, ...]] = [(1024, 512, 256)]  # offsets pass 2^31
+    zeros, border = (False, False, False, True), (True, True, False, False)
+    discrete = (False, False, True, True)
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    cases = [(shapes, 32, dtype, 0, zeros) for shapes in (plane, space) for dtype in (single, half)]
+    cases += [(shapes, 32, single, 300, border) for shapes in (line, plane, wide)]
+    cases += [(space, 32, double, 0, zeros), (plane, 32, torch.float16, 300, discrete)]
+    cases += [(plane, dim, single, 900, zeros) for dim in (5, 1024)]
+    for shapes, dim, dtype, num_queries, modes in cases:
+        cells = sum(math.prod(shape) for shape in shapes)
+        rows = (2, num_queries or cells, 8, 4 * len(shapes))
+        arguments = (
+            empty(2, cells, 8, dim, dtype=dtype),
+            [size for shape in shapes for size in shape],
+            [4] * len(shapes),
+            empty(*rows, len(shapes[0]), dtype=torch.promote_types(dtype, single)),
+            empty(*rows, dtype=dtype),
+            *modes,
+        )
+        grad_output = empty(*rows[:2], 8 * dim, dtype=dtype)
+        for sorts in (False, True) if dtype in (single, double) else (False,):
+            torch.use_deterministic_algorithms(sorts)
+            _sampling_cuda.forward(*arguments)
+            _sampling_cuda.backward(*arguments, grad_output, True, True, True)
+    torch.use_deterministic_algorithms(False)
+
+
 def _specialised(kernel: Any, values: dict[str, Any]) -> tuple[dict[str, str], Any, Any]:
     """Signature, constants and attributes as Triton derives them from the values of a launch."""
     signature, constants, attributes = {}, {}, {}
@@ -225,6 +288,8 @@ def _compile(arch: int, kernel: Any, values: dict[str, Any], options: dict[str, 
             "mma.sync": ptx.count("mma.sync"),
             "wgmma": ptx.count("wgmma.mma_async"),
             "tf32": ptx.count("tf32"),
+            "ld.v4": ptx.count("ld.global.v4.b32"),
+            "red.v4": ptx.count("red.global.gpu.relaxed.add.v4.f32"),
             "contracted": ptx.count("fma.rn.f64"),
         },
     }
@@ -249,6 +314,7 @@ def _compile_all(arch: int) -> None:
     tiles._major_capability = lambda device: arch // 10
     _search_launches()
     _contrast_launches()
+    _sampling_launches()
     for kernel, values, options in recorded.values():
         sys.stdout.write(json.dumps(_compile(arch, kernel, values, options)) + "\n")
 
