@@ -362,7 +362,8 @@ def log_sum_exp(
     """Log-sum-exp of every row (L,) and column (S,) of ``scale * a @ b.T``, float64.
 
     The (L, S) matrix is never stored. Products are float32, accurate to ``n 2^-24 |scale| |a| |b|``
-    with ``n = min(D, 64) + D / 64 + 5``, or float64, which takes about ten times as long.
+    with ``n = min(D, 64) + D / 64 + 5`` (bfloat16: ``min(D, 128) + D / 128 + 6``), or float64, which
+    takes about ten times as long.
     """
     a, b = with_contiguous_rows(a), with_contiguous_rows(b)
     rows = torch.empty(a.shape[0], dtype=torch.float64)

@@ -175,7 +175,7 @@ def test_equal_rows_have_equal_sums(isa: str) -> None:
 def test_every_dtype_is_widened_without_loss(dtype: torch.dtype) -> None:
     a, b = torch.randn(40, 24).to(dtype), torch.randn(90, 24).to(dtype)
     found = log_sum_exp(a, b, 3.0)
-    if dtype != torch.float64:
+    if dtype in (torch.float32, torch.float16):
         assert torch.equal(found[0], log_sum_exp(a.float(), b.float(), 3.0)[0])
     _assert_within_bound(found, a, b, 3.0)
     _assert_within_bound(log_sum_exp(a, b, 3.0, in_float64=True), a, b, 3.0, "float64")

@@ -131,8 +131,8 @@ def test_every_option_is_that_of_the_reference(case: str, reduction: str) -> Non
         torch.testing.assert_close(mine, true, rtol=3e-6, atol=3e-6 * float(true.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+def test_half_precision_is_rounded_once() -> None:
+    dtype = torch.float16
     image, text = unit(70, 48).to(dtype), unit(70, 48).to(dtype)
     loss, *gradients = with_gradients(clip_loss, image, text, torch.tensor(20.0))
     exact = with_gradients(

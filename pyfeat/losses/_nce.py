@@ -141,8 +141,10 @@ def info_nce(
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
     Precision: products and gradients in float32, sums of the loss in float64; everything in float64
-    for float64 features. Gradients may be differentiated once more, but for those of a group. With
-    targets that are spread, or hard negatives, a gradient is the difference of two that are rounded each.
+    for float64 features; for bfloat16 ones, where the processor multiplies these faster, gradients by
+    similarities are rounded to bfloat16. Gradients may be differentiated once more, but for those of a
+    group. With targets that are spread, or hard negatives, a gradient is the difference of two that are
+    rounded each.
     Memory: O((N + M) D), and as much of the similarities as ``set_memory_budget`` lets the backward pass
     keep.
     Source: van den Oord et al., Representation learning with contrastive predictive coding, 2018,

@@ -66,8 +66,8 @@ def siglip_loss(
     Returns:
         () float32, float64 for float64 features, or (N,) with reduction "none".
 
-    Precision: products and gradients in float32, sums of the loss in float64; small terms, such as those
-    of a large negative bias, keep their digits.
+    Precision: products and gradients in float32 (as in ``info_nce`` for bfloat16 features), sums of the
+    loss in float64; small terms, such as those of a large negative bias, keep their digits.
     Memory: O(N D); the (N, N) similarities are never stored. The gradients are made in the forward pass.
     Source: Zhai et al., Sigmoid loss for language image pre-training, ICCV 2023, arXiv:2303.15343.
 

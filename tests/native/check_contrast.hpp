@@ -15,19 +15,22 @@
 namespace {
 
 // Pairs whose columns have the id of the row's column, and the last column, do not count.
-void check_softplus(const PairTile& pairs, const float* products, const float* weights) {
-    const TileKernels& tiles = checked.tile_kernels(Precision::kFloat32);
+void check_softplus(const ContrastKernels& contrast,
+                    const PairTile& pairs,
+                    const float* products,
+                    const float* weights) {
+    const TileKernels& tiles = checked.tile_kernels(contrast.precision);
     const int lanes = checked.powers.lanes;
     const double bias = -1.75 + 1e-9;
     AlignedFloats softplus(tiles.queries * lanes), sigmoids(tiles.queries * lanes);
     AlignedFloats gradient(tiles.queries * kGradientStride);
     std::fill_n(softplus.data(), tiles.queries * lanes, 0.0F);
     std::fill_n(sigmoids.data(), tiles.queries * lanes, 0.0F);
-    checked.contrast.softplus(products,
-                              pairs,
-                              {-1.75F, 1e-9F, tiles.rows - 1, weights},
-                              {softplus.data(), sigmoids.data()},
-                              gradient.data());
+    contrast.softplus(products,
+                      pairs,
+                      {-1.75F, 1e-9F, tiles.rows - 1, weights},
+                      {softplus.data(), sigmoids.data()},
+                      gradient.data());
     const auto same = [](const float* a, const float* b) {
         return std::memcmp(a, b, sizeof(float)) == 0;
     };
@@ -94,11 +97,78 @@ void check_schedule(std::int64_t num_rows, std::int64_t num_columns, bool itself
     }
 }
 
-void check_contrast(std::mt19937& random) {
-    const TileKernels& tiles = checked.tile_kernels(Precision::kFloat32);
+// Products of dS with features: all rows of the tile but the last are written. Where dS is rounded
+// to pairs, what is expected is rounded too.
+void check_products(const ContrastKernels& contrast, std::mt19937& random) {
+    const TileKernels& tiles = checked.tile_kernels(contrast.precision);
+    const int height = contrast.product_rows, num_columns = tiles.rows;
+    const int count = tiles.queries, num_words = count / contrast.packed_values;
+    std::normal_distribution<float> normal;
+    const auto rounded = [&](float value) {
+        std::uint32_t bits;
+        std::memcpy(&bits, &value, sizeof(bits));
+        bits =
+            contrast.round == nullptr ? bits : (bits + 0x7FFFU + ((bits >> 16) & 1U)) & 0xFFFF0000U;
+        std::memcpy(&value, &bits, sizeof(bits));
+        return value;
+    };
+    // Columns and rows of dS are both multiplied with as many rows of features.
+    AlignedFloats gradient(tiles.queries * kGradientStride), panel(num_words * num_columns);
+    AlignedFloats column_pairs(tiles.queries * kGradientStride);
+    AlignedFloats row_pairs(tiles.queries * kGradientStride);
+    AlignedFloats sums(height * num_columns), transposed(height * num_columns);
+    std::vector<float> features(static_cast<std::size_t>(count * num_columns));
+    for (int i = 0; i < tiles.queries * kGradientStride; ++i) {
+        gradient.data()[i] = normal(random);
+    }
+    for (int w = 0; w < count; ++w) {
+        for (int d = 0; d < num_columns; ++d) {
+            const float feature = rounded(normal(random));
+            features[static_cast<std::size_t>(w * num_columns + d)] = feature;
+            float* word = panel.data() + w / contrast.packed_values * num_columns + d;
+            if (contrast.packed_values == 1) {
+                *word = feature;
+            } else {
+                // Little-endian: the upper half of a float is its bfloat16.
+                std::memcpy(reinterpret_cast<char*>(word) + w % 2 * 2,
+                            reinterpret_cast<const char*>(&feature) + 2,
+                            2);
+            }
+        }
+    }
+    for (AlignedFloats* values : {&sums, &transposed}) {
+        std::fill_n(values->data(), height * num_columns, 1.0F);
+    }
+    const float* by_columns = gradient.data();
+    const float* by_rows = gradient.data();
+    if (contrast.round != nullptr) {
+        contrast.round(gradient.data(), num_columns, column_pairs.data(), row_pairs.data());
+        by_columns = column_pairs.data();
+        by_rows = row_pairs.data();
+    }
+    contrast.multiply(num_words, by_columns, panel.data(), sums.data(), num_columns, height - 1);
+    contrast.multiply_transposed(
+        num_words, by_rows, panel.data(), transposed.data(), num_columns, height - 1);
+    for (int r = 0; r < height; ++r) {
+        for (int d = 0; d < num_columns; ++d) {
+            double plain = 1.0, turned = 1.0;
+            for (int w = 0; w < count && r < height - 1; ++w) {
+                const double value = features[static_cast<std::size_t>(w * num_columns + d)];
+                plain += rounded(gradient.data()[r * kGradientStride + w]) * value;
+                turned += rounded(gradient.data()[w * kGradientStride + r]) * value;
+            }
+            const int at = r * num_columns + d;
+            expect(std::abs(sums.data()[at] - plain) <= 2e-5, "product with features", 0, d);
+            expect(std::abs(transposed.data()[at] - turned) <= 2e-5, "its transpose", 0, d);
+        }
+    }
+}
+
+void check_contrast(const ContrastKernels& contrast, std::mt19937& random) {
+    const TileKernels& tiles = checked.tile_kernels(contrast.precision);
     const int num_rows = tiles.queries, num_columns = tiles.rows;
     std::normal_distribution<float> normal;
-    AlignedFloats products(num_rows * num_columns);
+    AlignedFloats products(num_rows * num_columns), before(num_rows * num_columns);
     AlignedFloats bias(num_columns), row_ids(num_rows), column_ids(num_columns);
     AlignedFloats row_terms(3 * num_rows), column_terms(3 * num_columns + 64);
     AlignedFloats gradient(num_rows * kGradientStride);
@@ -111,6 +181,7 @@ void check_contrast(std::mt19937& random) {
     const auto id = [&] { return static_cast<std::int32_t>(random() % 4); };
     const auto shift = [&] { return std::rint(normal(random)) + 4.0F; };
     fill(products, num_rows * num_columns, [&] { return normal(random); });
+    std::copy_n(products.data(), num_rows * num_columns, before.data());
     fill(bias, num_columns, [&] { return normal(random); });
     fill(row_ids, num_rows, id);
     fill(column_ids, num_columns, id);
@@ -148,13 +219,12 @@ void check_contrast(std::mt19937& random) {
         std::memcpy(tile.data(),
                     products.data(),
                     static_cast<std::size_t>(num_rows * num_columns) * sizeof(float));
-        checked.contrast.adjust(
-            tile.data(), pairs, {row_sums, nullptr, row_largest, column_largest});
-        checked.contrast.gradient(products.data(),
-                                  pairs,
-                                  {rows[0], rows[1], rows[2]},
-                                  {columns[0], columns[1], columns[2]},
-                                  gradient.data());
+        contrast.adjust(tile.data(), pairs, {row_sums, nullptr, row_largest, column_largest});
+        contrast.gradient(products.data(),
+                          pairs,
+                          {rows[0], rows[1], rows[2]},
+                          {columns[0], columns[1], columns[2]},
+                          gradient.data());
         for (int r = 0; r < num_rows; ++r) {
             for (int c = 0; c < num_columns; ++c) {
                 const float x = products.data()[r * num_columns + c] + bias.data()[c];
@@ -184,7 +254,8 @@ void check_contrast(std::mt19937& random) {
             expect(column_largest[c] == expected_columns[c], "largest of a column", 0, separate);
         }
     }
-    check_softplus({nullptr,
+    check_softplus(contrast,
+                   {nullptr,
                     row_ids.data(),
                     column_ids.data(),
                     column_ids.data(),
@@ -194,32 +265,11 @@ void check_contrast(std::mt19937& random) {
                     false},
                    products.data(),
                    rows[1]);
-    // Products with features: all rows of the tile but the last are written.
-    constexpr int kCount = 5;
-    AlignedFloats factor(kCount * kGradientStride), panel(kCount * num_columns);
-    AlignedFloats sums(num_rows * num_columns), transposed(num_rows * num_columns);
-    const auto feature = [&] { return normal(random); };
-    fill(gradient, num_rows * static_cast<int>(kGradientStride), feature);
-    fill(factor, kCount * static_cast<int>(kGradientStride), feature);
-    fill(panel, kCount * num_columns, feature);
-    fill(sums, num_rows * num_columns, [] { return 1.0F; });
-    fill(transposed, num_rows * num_columns, [] { return 1.0F; });
-    const auto& contrast = checked.contrast;
-    contrast.multiply(
-        kCount, gradient.data(), panel.data(), sums.data(), num_columns, num_rows - 1);
-    contrast.multiply_transposed(
-        kCount, factor.data(), panel.data(), transposed.data(), num_columns, num_rows - 1);
-    for (int r = 0; r < num_rows; ++r) {
-        for (int d = 0; d < num_columns; ++d) {
-            double plain = 1.0, turned = 1.0;
-            for (int w = 0; w < kCount && r < num_rows - 1; ++w) {
-                const double value = panel.data()[w * num_columns + d];
-                plain += gradient.data()[r * kGradientStride + w] * value;
-                turned += factor.data()[w * kGradientStride + r] * value;
-            }
-            const int at = r * num_columns + d;
-            expect(std::abs(sums.data()[at] - plain) <= 1e-5, "product with features", 0, d);
-            expect(std::abs(transposed.data()[at] - turned) <= 1e-5, "its transpose", 0, d);
+    check_products(contrast, random);
+    if (contrast.scale != nullptr) {
+        contrast.scale(products.data(), 0.25F);
+        for (int i = 0; i < num_rows * num_columns; ++i) {
+            expect(products.data()[i] == 0.25F * before.data()[i], "scaled product", 0, i);
         }
     }
 }

@@ -244,7 +244,9 @@ int main() {
             }
         }
     }
-    check_contrast(random);
+    for (const ContrastKernels* contrast : {&checked.contrast, &checked.bf16_contrast}) {
+        check_contrast(*contrast, random);
+    }
     for (const bool itself : {false, true}) {
         for (const std::int64_t num_rows : {1, 95, 97, 200, 389, 1000}) {
             check_schedule(num_rows, num_rows, itself);

@@ -56,19 +56,19 @@ class PaddedGradientTerms {
 // Epilogue of GradientProducts.
 class SoftmaxGradient {
   public:
-    SoftmaxGradient(const ContrastGradientParams& params, const Kernels& kernels)
-        : kernel_(kernels.contrast.gradient),
+    SoftmaxGradient(const ContrastGradientParams& params, double unit, const ContrastEngine& engine)
+        : kernel_(engine.contrast.gradient),
           terms_(params.pairs, params.a.num_rows, params.b.num_rows),
           rows_(params.row_lse,
                 params.row_weights,
                 params.row_positives,
                 params.a.num_rows,
-                params.scale),
+                params.scale / unit),
           columns_(params.column_lse,
                    params.column_weights,
                    params.column_positives,
                    params.b.num_rows,
-                   params.scale) {}
+                   params.scale / unit) {}
 
     class Strip {
       public:
@@ -97,15 +97,22 @@ class SoftmaxGradient {
 }  // namespace
 
 void contrast_gradient_cpu(const ContrastGradientParams& params, Isa isa, Execution& execution) {
-    const Kernels& kernels = kernels_for(isa);
-    const auto factors = checked_factors(
-        "contrast", params.a, params.b, params.scale, kLargestProduct, kernels, execution);
-    SoftmaxGradient epilogue(params, kernels);
-    GradientProducts<SoftmaxGradient>({params.a, params.b, factors, params.kept},
+    const ContrastEngine engine = gradient_engine(isa, params.a, params.b, params.products);
+    const ProductFactors factors = checked_factors(
+        "contrast", params.a, params.b, params.scale, kLargestProduct, engine, execution);
+    const std::int64_t num_columns = params.column_lse == nullptr ? 0 : params.b.num_rows;
+    const double unit = gradient_unit(engine,
+                                      params.scale,
+                                      {{params.row_weights, params.a.num_rows},
+                                       {params.row_positives, params.a.num_rows},
+                                       {params.column_weights, num_columns},
+                                       {params.column_positives, num_columns}});
+    SoftmaxGradient epilogue(params, unit, engine);
+    GradientProducts<SoftmaxGradient>({params.a, params.b, factors, unit, params.kept},
                                       params.products,
                                       params.itself,
                                       epilogue,
-                                      kernels,
+                                      engine,
                                       execution)
         .run();
 }

@@ -25,6 +25,7 @@ void power_of_two(const float* exponents, std::int64_t count, float* powers) {
 
 // Moves the sums of the tile's columns to the largest exponents of old and new terms. What the old
 // sums must be multiplied by goes to `factors`; the new exponents are returned in `exponents`.
+template <int kRows>
 inline void raise_columns(const float* products,
                           float* column_exponents,
                           Floats* exponents,
@@ -33,7 +34,7 @@ inline void raise_columns(const float* products,
         float* at = column_exponents + v * kLanes;
         const Floats before = load(at);
         Floats largest = before;
-        for (int r = 0; r < kTileQueries; ++r) {
+        for (int r = 0; r < kRows; ++r) {
             largest = maximum(largest, load(products + r * kTileRows + v * kLanes));
         }
         exponents[v] = round_to_whole(largest);
@@ -46,14 +47,15 @@ inline void raise_columns(const float* products,
 // One polynomial for each product; its mantissa serves the row's and the column's sum, which
 // differ in their exponents. float32 sums of MR terms in a column, then float64; a row's lanes get
 // one term from every register of the tile and are emptied by the caller before these are many.
+template <int kRows>
 void add_powers(const float* products, const pyfeat::PowerSums& sums) {
     Floats exponents[kTileVectors], columns[kTileVectors];
     alignas(64) float factors[kTileRows], added[kTileRows];
-    raise_columns(products, sums.column_exponents, exponents, factors);
+    raise_columns<kRows>(products, sums.column_exponents, exponents, factors);
     for (Floats& column : columns) {
         column = zero();
     }
-    for (int r = 0; r < kTileQueries; ++r) {
+    for (int r = 0; r < kRows; ++r) {
         Floats x[kTileVectors];
         const Floats before = load(sums.row_exponents + r * kLanes);
         Floats largest = before;
@@ -85,7 +87,7 @@ void add_powers(const float* products, const pyfeat::PowerSums& sums) {
 
 constexpr pyfeat::PowerKernels power_kernels() {
     static_assert(kLanes <= pyfeat::kMaxLanes && kTileVectors <= 4);
-    return {kLanes, power_of_two, add_powers};
+    return {kLanes, power_of_two};
 }
 
 }  // namespace

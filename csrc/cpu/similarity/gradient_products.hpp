@@ -9,7 +9,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
@@ -22,40 +25,80 @@
 
 namespace pyfeat {
 
-// A factor in the order in which gradients are multiplied with it: panels of NR features.
-struct FeaturePanels {
-    std::int64_t num_rows = 0, num_panels = 0;
-    int width = 0;
-    AlignedFloats values;  // [num_panels, num_rows, width]
+// The kernels for features and values of one dtype, or of several.
+inline ContrastEngine gradient_engine(Isa isa,
+                                      const Rows& a,
+                                      const Rows& b,
+                                      const PairProducts& products) {
+    return {isa, {a.dtype, b.dtype, products.a_values.dtype, products.b_values.dtype}};
+}
 
+// A factor in the order in which gradients are multiplied with it: panels of NR features, of one
+// row or a pair of rows in a word.
+struct FeaturePanels {
+    std::int64_t num_words = 0, num_panels = 0;
+    int width = 0, packed_values = 1;
+    AlignedFloats values;  // [num_panels, num_words, width]
+
+    // From this row on, the first of a word.
     const float* panel(std::int64_t index, std::int64_t row) const {
-        return values.data() + (index * num_rows + row) * width;
+        return values.data() + (index * num_words + row / packed_values) * width;
+    }
+    // Words of so many rows.
+    std::int64_t words(std::int64_t num_rows) const {
+        return (num_rows + packed_values - 1) / packed_values;
     }
 };
 
+// The values of two rows in one word; bfloat16 ones lose nothing.
+inline float pair_of(float first, float second) {
+    std::uint32_t low, high;
+    std::memcpy(&low, &first, sizeof(low));
+    std::memcpy(&high, &second, sizeof(high));
+    const std::uint32_t word = (low >> 16) | (high & 0xFFFF0000U);
+    float pair;
+    std::memcpy(&pair, &word, sizeof(pair));
+    return pair;
+}
+
 inline void pack_features(const Rows& rows,
-                          const Kernels& kernels,
+                          const ContrastEngine& engine,
                           Execution& execution,
                           FeaturePanels& packed) {
-    constexpr std::int64_t kPerTask = 64;
-    packed.width = kernels.tile_kernels(Precision::kFloat32).rows;
-    packed.num_rows = rows.num_rows;
+    constexpr std::int64_t kPerTask = 64;  // words
+    packed.width = engine.tiles.rows;
+    packed.packed_values = engine.contrast.packed_values;
+    packed.num_words = packed.words(rows.num_rows);
     packed.num_panels = (rows.dim + packed.width - 1) / packed.width;
-    packed.values.reserve(packed.num_panels * packed.num_rows * packed.width);
-    const RowKernels& row_kernels = kernels.row_kernels(rows.dtype);
-    execution.parallel_for((rows.num_rows + kPerTask - 1) / kPerTask, [&](std::int64_t task, int) {
-        std::vector<double> values(to_size(packed.num_panels * packed.width), 0.0);
-        const std::int64_t end = std::min(rows.num_rows, (task + 1) * kPerTask);
-        for (std::int64_t row = task * kPerTask; row < end; ++row) {
-            row_kernels.load(rows.row(row), 1.0, rows.dim, values.data());
-            for (std::int64_t p = 0; p < packed.num_panels; ++p) {
-                float* to = packed.values.data() + (p * packed.num_rows + row) * packed.width;
-                for (int d = 0; d < packed.width; ++d) {
-                    to[d] = static_cast<float>(values[to_size(p * packed.width + d)]);
+    packed.values.reserve(packed.num_panels * packed.num_words * packed.width);
+    const RowKernels& row_kernels = engine.kernels.row_kernels(rows.dtype);
+    const std::int64_t room = packed.num_panels * packed.width;
+    execution.parallel_for(
+        (packed.num_words + kPerTask - 1) / kPerTask, [&](std::int64_t task, int) {
+            std::vector<double> values(to_size(packed.packed_values * room), 0.0);
+            const double* first = values.data();
+            const double* second = packed.packed_values == 2 ? first + room : nullptr;
+            const std::int64_t end = std::min(packed.num_words, (task + 1) * kPerTask);
+            for (std::int64_t word = task * kPerTask; word < end; ++word) {
+                for (int i = 0; i < packed.packed_values; ++i) {
+                    const std::int64_t row = word * packed.packed_values + i;
+                    if (row < rows.num_rows) {
+                        row_kernels.load(rows.row(row), 1.0, rows.dim, values.data() + i * room);
+                    } else {
+                        std::fill_n(values.begin() + i * room, room, 0.0);
+                    }
+                }
+                for (std::int64_t p = 0; p < packed.num_panels; ++p) {
+                    float* to = packed.values.data() + (p * packed.num_words + word) * packed.width;
+                    for (int d = 0; d < packed.width; ++d) {
+                        const std::int64_t at = p * packed.width + d;
+                        const auto value = static_cast<float>(first[at]);
+                        to[d] = second == nullptr ? value
+                                                  : pair_of(value, static_cast<float>(second[at]));
+                    }
                 }
             }
-        }
-    });
+        });
 }
 
 // Running sums of a product, [rows, panels * NR].
@@ -74,9 +117,12 @@ class ProductSums {
     float* row(std::int64_t index) {
         return values_.data() + index * stride_;
     }
-    void write(std::int64_t dim, float* product) const {
+    void write(std::int64_t dim, double unit, float* product) const {
         for (std::int64_t i = 0; i < num_rows_; ++i) {
-            std::copy_n(values_.data() + i * stride_, dim, product + i * dim);
+            const float* row = values_.data() + i * stride_;
+            std::transform(row, row + dim, product + i * dim, [=](float sum) {
+                return static_cast<float>(unit * static_cast<double>(sum));
+            });
         }
     }
 
@@ -85,12 +131,46 @@ class ProductSums {
     AlignedFloats values_;
 };
 
-// Products of the factors a and b, packed for tiles with the scale in a, and where they are kept.
+// The unit of a dS that is rounded to bfloat16, the largest of these weights: what all pairs of a
+// kind weigh is not rounded then, and no upstream gradient is too small. 1 for one that is not.
+inline double gradient_unit(const ContrastEngine& engine,
+                            double scale,
+                            std::initializer_list<std::pair<const double*, std::int64_t>> weights) {
+    double largest = 0.0;
+    for (const auto& [values, count] : weights) {
+        for (std::int64_t i = 0; engine.contrast.round != nullptr && i < count; ++i) {
+            largest = std::max(largest, std::abs(scale * values[i]));
+        }
+    }
+    return largest > 0.0 && std::isfinite(largest) ? largest : 1.0;
+}
+
+// A and B, what they and their products are multiplied by, the unit of dS, and kept products.
 struct PackedFactors {
     const Rows& a;
     const Rows& b;
-    std::pair<double, double> factors;
+    ProductFactors factors;
+    double unit;
     KeptTiles kept;
+};
+
+// What a thread computes dS of some rows and columns in.
+struct GradientBlock {
+    // [kGradientRows, kGradientStride], or the rows of one tile before they are rounded.
+    AlignedFloats values;
+    AlignedFloats column_pairs, row_pairs;  // words of pairs, in rows of kGradientStride
+    const float* by_columns = nullptr;      // what dS is multiplied from
+    const float* by_rows = nullptr;         // and its transpose
+
+    void start(bool rounds) {
+        values.reserve((rounds ? kMaxTileQueries : kGradientRows) * kGradientStride);
+        if (rounds) {
+            column_pairs.reserve(kGradientRows * kGradientStride);
+            row_pairs.reserve(kGradientRows / 2 * kGradientStride);
+        }
+        by_columns = rounds ? column_pairs.data() : values.data();
+        by_rows = rounds ? row_pairs.data() : values.data();
+    }
 };
 
 template <typename Epilogue>
@@ -101,55 +181,58 @@ class GradientProducts {
                      const PairProducts& products,
                      bool itself,
                      Epilogue& epilogue,
-                     const Kernels& kernels,
+                     const ContrastEngine& engine,
                      Execution& execution)
-        : kernels_(kernels),
-          tiles_(kernels.tile_kernels(Precision::kFloat32)),
+        : engine_(engine),
+          contrast_(engine.contrast),
+          tiles_(engine.tiles),
           execution_(execution),
           products_(products),
           epilogue_(epilogue),
           itself_(itself),
           num_rows_(factors.a.num_rows),
           num_columns_(factors.b.num_rows),
+          factor_(factors.factors.products),
+          unit_(factors.unit),
           kept_(factors.kept) {
-        const auto& [a_factor, b_factor] = factors.factors;
         // With every tile kept there is nothing to multiply.
         if (itself || kept_.num_panels * tiles_.queries < num_rows_) {
-            pack_factor(factors.a, 0, num_rows_, a_factor, Factor::kA, kernels, execution, a_);
-            pack_factor(factors.b, 0, num_columns_, b_factor, Factor::kB, kernels, execution, b_);
+            const ProductFactors& by = factors.factors;
+            pack_factor(factors.a, 0, num_rows_, by.a, Factor::kA, engine, execution, a_);
+            pack_factor(factors.b, 0, num_columns_, by.b, Factor::kB, engine, execution, b_);
         }
         if (products.a != nullptr) {
-            pack_features(products.b_values, kernels, execution, b_values_);
-            a_sums_.start(num_rows_, b_values_, tiles_.queries);
+            pack_features(products.b_values, engine, execution, b_values_);
+            a_sums_.start(num_rows_, b_values_, contrast_.product_rows);
         }
         if (products.b != nullptr) {
-            pack_features(products.a_values, kernels, execution, a_values_);
-            b_sums_.start(num_columns_, a_values_, tiles_.queries);
+            pack_features(products.a_values, engine, execution, a_values_);
+            b_sums_.start(num_columns_, a_values_, contrast_.product_rows);
         }
     }
 
     void run() {
         const PairSchedule schedule(num_rows_, num_columns_, tiles_, itself_);
-        std::vector<AlignedFloats> blocks(to_size(execution_.num_threads()));
+        std::vector<GradientBlock> blocks(to_size(execution_.num_threads()));
         for (std::int64_t round = 0; round < schedule.num_rounds(); ++round) {
             const std::vector<PartPair> pairs = schedule.round(round);
             execution_.parallel_for(static_cast<std::int64_t>(pairs.size()),
                                     [&](std::int64_t task, int worker) {
-                                        AlignedFloats& block = blocks[to_size(worker)];
-                                        block.reserve(kGradientRows * kGradientStride);
-                                        add_part(pairs[to_size(task)], block.data());
+                                        GradientBlock& block = blocks[to_size(worker)];
+                                        block.start(contrast_.round != nullptr);
+                                        add_part(pairs[to_size(task)], block);
                                     });
         }
         if (products_.a != nullptr) {
-            a_sums_.write(products_.b_values.dim, products_.a);
+            a_sums_.write(products_.b_values.dim, unit_, products_.a);
         }
         if (products_.b != nullptr) {
-            b_sums_.write(products_.a_values.dim, products_.b);
+            b_sums_.write(products_.a_values.dim, unit_, products_.b);
         }
     }
 
   private:
-    void add_part(const PartPair& pair, float* block) {
+    void add_part(const PartPair& pair, GradientBlock& block) {
         for (std::int64_t column = pair.columns.first; column < pair.columns.end;
              column += kGradientColumns) {
             for (std::int64_t row = pair.rows.first; row < pair.rows.end; row += kGradientRows) {
@@ -164,9 +247,12 @@ class GradientProducts {
         }
     }
 
-    // The block [kGradientRows, kGradientStride] of dS is used for both products and dropped. What
-    // fills up the last panels is never multiplied, and its sums are not written out.
-    void add_block(PanelRange rows, PanelRange columns, const PartPair& pair, float* block) {
+    // The block of dS is used for both products and dropped. What fills up the last panels meets
+    // zeros or is never multiplied, and its sums are not written out.
+    void add_block(PanelRange rows,
+                   PanelRange columns,
+                   const PartPair& pair,
+                   GradientBlock& block) {
         fill_block(rows, columns, block);
         if (products_.a != nullptr) {
             multiply(rows, columns, block);
@@ -178,16 +264,16 @@ class GradientProducts {
         }
     }
 
-    void multiply(PanelRange rows, PanelRange columns, const float* block) {
+    void multiply(PanelRange rows, PanelRange columns, const GradientBlock& block) {
+        const std::int64_t height = contrast_.product_rows;
         for (std::int64_t p = 0; p < b_values_.num_panels; ++p) {
-            for (std::int64_t r = rows.first; r < rows.end; r += tiles_.queries) {
-                kernels_.contrast.multiply(
-                    columns.end - columns.first,
-                    block + (r - rows.first) * kGradientStride,
-                    b_values_.panel(p, columns.first),
-                    a_sums_.row(r) + p * b_values_.width,
-                    a_sums_.stride(),
-                    static_cast<int>(std::min<std::int64_t>(tiles_.queries, rows.end - r)));
+            for (std::int64_t r = rows.first; r < rows.end; r += height) {
+                contrast_.multiply(b_values_.words(columns.end - columns.first),
+                                   block.by_columns + (r - rows.first) * kGradientStride,
+                                   b_values_.panel(p, columns.first),
+                                   a_sums_.row(r) + p * b_values_.width,
+                                   a_sums_.stride(),
+                                   static_cast<int>(std::min(height, rows.end - r)));
             }
         }
     }
@@ -196,26 +282,27 @@ class GradientProducts {
                              PanelRange columns,
                              const FeaturePanels& values,
                              ProductSums& sums,
-                             const float* block) {
+                             const GradientBlock& block) {
+        const std::int64_t height = contrast_.product_rows;
         for (std::int64_t p = 0; p < values.num_panels; ++p) {
-            for (std::int64_t c = columns.first; c < columns.end; c += tiles_.queries) {
-                kernels_.contrast.multiply_transposed(
-                    rows.end - rows.first,
-                    block + (c - columns.first),
-                    values.panel(p, rows.first),
-                    sums.row(c) + p * values.width,
-                    sums.stride(),
-                    static_cast<int>(std::min<std::int64_t>(tiles_.queries, columns.end - c)));
+            for (std::int64_t c = columns.first; c < columns.end; c += height) {
+                contrast_.multiply_transposed(values.words(rows.end - rows.first),
+                                              block.by_rows + (c - columns.first),
+                                              values.panel(p, rows.first),
+                                              sums.row(c) + p * values.width,
+                                              sums.stride(),
+                                              static_cast<int>(std::min(height, columns.end - c)));
             }
         }
     }
 
-    void fill_block(PanelRange rows, PanelRange columns, float* block) {
+    void fill_block(PanelRange rows, PanelRange columns, GradientBlock& block) {
         alignas(64) float computed[kMaxTileQueries * kMaxTileRows];
         const std::int64_t num_b_panels = (num_columns_ + tiles_.rows - 1) / tiles_.rows;
         const TileUse use(tiles_);
         for (std::int64_t row = rows.first; row < rows.end; row += tiles_.queries) {
-            const std::int64_t i = row / tiles_.queries;
+            const std::int64_t i = row / tiles_.queries, at = (row - rows.first) * kGradientStride;
+            float* values = block.values.data() + (contrast_.round == nullptr ? at : 0);
             typename Epilogue::Strip strip(epilogue_, row);
             for (std::int64_t column = columns.first; column < columns.end; column += tiles_.rows) {
                 const std::int64_t j = column / tiles_.rows;
@@ -224,15 +311,33 @@ class GradientProducts {
                     products =
                         kept_.products + (i * num_b_panels + j) * tiles_.queries * tiles_.rows;
                 } else {
-                    tiles_.multiply(a_.words, a_.panel(i), b_.panel(j), computed);
+                    multiply_tile(engine_, a_.words, a_.panel(i), b_.panel(j), factor_, computed);
                 }
                 strip.add(
                     products,
                     column,
                     static_cast<int>(std::min<std::int64_t>(tiles_.rows, num_columns_ - column)),
-                    block + (row - rows.first) * kGradientStride + (column - columns.first));
+                    values + (column - columns.first));
             }
             strip.end();
+            if (contrast_.round != nullptr) {
+                const std::int64_t num_columns = columns.end - columns.first;
+                clear_missing(rows.end - row, num_columns, values);
+                contrast_.round(values,
+                                num_columns,
+                                block.column_pairs.data() + at,
+                                block.row_pairs.data() + at / 2);
+            }
+        }
+    }
+
+    // A pair can hold a row or a column that is not there: zeros of the values would make NaN of
+    // its gradient where that is infinite.
+    void clear_missing(std::int64_t num_rows, std::int64_t num_columns, float* values) const {
+        const std::int64_t width = (num_columns + tiles_.rows - 1) / tiles_.rows * tiles_.rows;
+        for (std::int64_t r = 0; r < tiles_.queries; ++r) {
+            float* row = values + r * kGradientStride;
+            std::fill(row + (r < num_rows ? num_columns : 0), row + width, 0.0F);
         }
     }
 
@@ -242,13 +347,16 @@ class GradientProducts {
         return row / tiles_.queries < kept_.num_panels && (!itself_ || row / unit <= column / unit);
     }
 
-    const Kernels& kernels_;
+    const ContrastEngine& engine_;
+    const ContrastKernels& contrast_;
     const TileKernels& tiles_;
     Execution& execution_;
     const PairProducts& products_;
     Epilogue& epilogue_;
     bool itself_;
     std::int64_t num_rows_, num_columns_;
+    float factor_;
+    double unit_;
     KeptTiles kept_;
     Panels a_, b_;
     FeaturePanels a_values_, b_values_;

@@ -31,7 +31,12 @@ const Kernels kernels{
     {float32_tiles(), bf16_tiles(), int8_tiles()},
 #endif
     power_kernels(),
-    contrast_kernels(),
+    float32_contrast(),
+#if defined(PYFEAT_ISA_AVX512_BF16) && !defined(PYFEAT_ISA_AMX)
+    bf16_contrast(),
+#else
+    float32_contrast(),
+#endif
 #if defined(PYFEAT_ISA_AMX)
     // int8 takes half the time of bf16 in the tiles. But both are fast enough for the float64
     // distances to matter more, and of these the coarser bounds of int8 take up to five times as

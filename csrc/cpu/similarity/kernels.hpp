@@ -68,7 +68,7 @@ struct PanelRange {
     std::int64_t first, end;
 };
 
-// Terms of one float32 sum where a product is taken for its own sake.
+// Words of one float32 sum where a product is taken for its own sake.
 constexpr std::int64_t kSumBlock = 64;
 
 // The tile product in one precision. Each has its own tile shape and its own way of filling panels.
@@ -96,7 +96,8 @@ struct TileKernels {
     bool (*score)(const Tile& tile, float* scores, std::uint32_t* marks);
 
     // products[r, c] = q_r . x_c of two packed panels, [MR, NR]; whole numbers if those are packed.
-    // From float32 panels with n roundings instead, n = min(D, kSumBlock) + D / kSumBlock + 1.
+    // From float32 panels with n roundings instead, n = min(D, kSumBlock) + D / kSumBlock + 1; from
+    // bfloat16 ones with 2 kSumBlock in place of kSumBlock.
     void (*multiply)(std::int64_t words,
                      const float* query_panel,
                      const float* row_panel,
@@ -176,12 +177,10 @@ struct PowerSums {
 constexpr float kNoProduct = -0x1p126F;
 
 struct PowerKernels {
-    int lanes;  // of one register; a row's lane gets at most 4 terms from a tile
+    int lanes;  // of one register
     // powers[i] = 2^exponents[i] for exponents up to 127; off by at most 1.5 units in the last
     // place, by 2^-126 below that.
     void (*power_of_two)(const float* exponents, std::int64_t count, float* powers);
-    // Adds 2^products, [MR, NR], to the sums of its rows and columns.
-    void (*add_tile)(const float* products, const PowerSums& sums);
 };
 
 // Of the pairs of one tile, which are positive and which do not count. Ids are whole numbers of 32
@@ -227,7 +226,21 @@ constexpr std::int64_t kGradientColumns = 480;  // a multiple of every NR
 // From one row to the next; not a multiple of 2 KB, which would fill few sets of the cache.
 constexpr std::int64_t kGradientStride = kGradientColumns + 16;
 
+// What losses do with tiles of one precision. dS is multiplied with features in float32, or both
+// in bfloat16 with float32 sums: then a 4-byte word holds a pair of values, of dS two columns or,
+// for the transpose, two rows, of the features two rows.
 struct ContrastKernels {
+    Precision precision;  // of the tiles
+    int packed_values;    // of dS, and of features that it is multiplied with, in one word
+    int product_rows;     // of the sums that a product adds to
+
+    // products *= factor, [MR, NR]; null where A takes the scale in.
+    void (*scale)(float* products, float factor);
+
+    // Adds 2^products, [MR, NR], to the sums of its rows and columns; a row's lane gets at most 4
+    // terms.
+    void (*add_powers)(const float* products, const PowerSums& sums);
+
     // Adds the bias to products [MR, NR], takes their statistics, and puts kNoProduct in place of
     // those that have no power.
     void (*adjust)(float* products, const PairTile& pairs, const ProductStatistics& statistics);
@@ -249,7 +262,15 @@ struct ContrastKernels {
                      const SoftplusSums& sums,
                      float* gradient);
 
-    // sums[r, d] += gradient[r, w] panel[w, d] over `count` of w, for MR r and NR d;
+    // Rounds the gradient of one tile high, MR rows of stride kGradientStride, to pairs of columns,
+    // MR rows of words, and to pairs of rows, MR / 2 rows of words, all of that stride. Null where
+    // products take the gradient as it is.
+    void (*round)(const float* gradient,
+                  std::int64_t num_columns,
+                  float* column_pairs,
+                  float* row_pairs);
+
+    // sums[r, d] += gradient[r, w] panel[w, d] over `count` words w, for product_rows r and NR d;
     // sums[r, d] += gradient[w, r] panel[w, d] for the transpose. Rows of sums are `stride` apart
     // and on 64-byte boundaries; only the first `rows` are written.
     void (*multiply)(std::int64_t count,
@@ -271,6 +292,7 @@ struct Kernels {
     TileKernels tiles[kNumPrecisions];  // by Precision
     PowerKernels powers;
     ContrastKernels contrast;
+    ContrastKernels bf16_contrast;  // of bfloat16 features; float32 where that is as fast
     // Fastest last.
     Precision order[kNumPrecisions];
 
@@ -279,6 +301,9 @@ struct Kernels {
     }
     const TileKernels& tile_kernels(Precision precision) const {
         return tiles[static_cast<int>(precision)];
+    }
+    const ContrastKernels& contrast_kernels(Dtype dtype) const {
+        return dtype == Dtype::kBfloat16 ? bf16_contrast : contrast;
     }
 };
 

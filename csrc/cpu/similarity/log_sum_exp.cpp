@@ -101,7 +101,7 @@ class DotSums {
 }  // namespace
 
 void log_sum_exp_cpu(const LogSumExpParams& params, Isa isa, Execution& execution) {
-    const Kernels& kernels = kernels_for(isa);
+    const ContrastEngine engine(isa, {params.a.dtype, params.b.dtype});
     PYFEAT_CHECK(params.a.dim == params.b.dim, "a and b must have the same width");
     PYFEAT_CHECK(params.pairs.empty() || params.product_dtype == Dtype::kFloat32,
                  "pairs need float32 products");
@@ -112,8 +112,8 @@ void log_sum_exp_cpu(const LogSumExpParams& params, Isa isa, Execution& executio
         std::fill_n(params.column_positives, params.b.num_rows, 0.0);
     }
     // Wider rows than a tile takes would lose float32 sums altogether.
-    const bool tiles = params.product_dtype == Dtype::kFloat32 &&
-                       params.a.dim <= kernels.tile_kernels(Precision::kFloat32).largest_dim;
+    const bool tiles =
+        params.product_dtype == Dtype::kFloat32 && params.a.dim <= engine.tiles.largest_dim;
     PYFEAT_CHECK(tiles || (params.pairs.empty() && !params.itself && params.row_largest == nullptr),
                  "pairs need rows that fit a tile");
     const auto factors = checked_factors("log_sum_exp",
@@ -121,18 +121,18 @@ void log_sum_exp_cpu(const LogSumExpParams& params, Isa isa, Execution& executio
                                          params.b,
                                          params.scale,
                                          tiles ? kLargestProduct : 1e300,
-                                         kernels,
+                                         engine,
                                          execution);
     if (tiles) {
-        const TileKernels& shape = kernels.tile_kernels(Precision::kFloat32);
+        const TileKernels& shape = engine.tiles;
         const std::int64_t panel =
             (params.b.num_rows + shape.rows - 1) / shape.rows * shape.rows * shape.queries;
         prefer_huge_pages(params.kept.products, params.kept.num_panels * panel * 4);
-        TileSums sums(params, factors, kernels, execution);
+        TileSums sums(params, factors, engine, execution);
         sums.run();
         sums.write();
     } else {
-        DotSums(params, kernels, execution).run().write(params);
+        DotSums(params, engine.kernels, execution).run().write(params);
     }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of A B^T in float32, each handed to an epilogue and dropped:
+// Tiles of A B^T, each handed to an epilogue and dropped:
 //   void add_tile(products, a_panel, b_panel)   [MR, NR], kNoProduct where a row is not there
 //   void end_strip(a_panel)                     after at most kStripPanels tiles of these rows of A
 #pragma once
@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <utility>
+#include <initializer_list>
 #include <vector>
 
 #include "check.hpp"
@@ -25,6 +25,24 @@ constexpr std::int64_t kStripPanels = 16;
 constexpr double kLargestProduct = 1e36;
 
 constexpr double kLog2E = 1.44269504088896340736;  // 1 / ln 2
+
+// The kernels of a loss.
+struct ContrastEngine {
+    const Kernels& kernels;
+    const ContrastKernels& contrast;
+    const TileKernels& tiles;
+
+    // For features of these dtypes: bfloat16 only if all of them are.
+    ContrastEngine(Isa isa, std::initializer_list<Dtype> dtypes)
+        : kernels(kernels_for(isa)),
+          contrast(kernels.contrast_kernels(
+              std::all_of(dtypes.begin(),
+                          dtypes.end(),
+                          [](Dtype dtype) { return dtype == Dtype::kBfloat16; })
+                  ? Dtype::kBfloat16
+                  : Dtype::kFloat32)),
+          tiles(kernels.tile_kernels(contrast.precision)) {}
+};
 
 // Rows of one factor, `width` to a panel; the last panel is filled up with zeros.
 struct Panels {
@@ -49,11 +67,11 @@ inline void pack_factor(const Rows& rows,
                         std::int64_t num_rows,
                         double factor,
                         Factor which,
-                        const Kernels& kernels,
+                        const ContrastEngine& engine,
                         Execution& execution,
                         Panels& packed) {
-    const TileKernels& tiles = kernels.tile_kernels(Precision::kFloat32);
-    const RowKernels& row_kernels = kernels.row_kernels(rows.dtype);
+    const TileKernels& tiles = engine.tiles;
+    const RowKernels& row_kernels = engine.kernels.row_kernels(rows.dtype);
     const auto pack = which == Factor::kA ? tiles.pack_query : tiles.pack_row;
     packed.width = which == Factor::kA ? tiles.queries : tiles.rows;
     packed.words = tiles.words(rows.dim);
@@ -108,33 +126,50 @@ inline double largest_norm(const Rows& rows,
     return std::sqrt(squared);
 }
 
-// What A and B are multiplied by for their product to be scale / ln 2 times what it was. Factors of
-// equal length overflow last: A is multiplied by 2^shift, B divided by it.
-inline std::pair<double, double> product_factors(double scale, double a_norm, double b_norm) {
+// What A and B are multiplied by when they are packed, and their products after that, for these to
+// be scale / ln 2 times what they were.
+struct ProductFactors {
+    double a, b;
+    float products;
+};
+
+// Factors of equal length overflow last: A is multiplied by 2^shift, B divided by it. bfloat16
+// features only keep their digits if they are multiplied by powers of two: these bring the largest
+// norms to [1, 2), far above the subnormal numbers that tiles may take for zero.
+inline ProductFactors product_factors(double scale,
+                                      double a_norm,
+                                      double b_norm,
+                                      const ContrastEngine& engine) {
     constexpr double kTiny = 1e-150;
+    const auto exponent = [&](double value) { return std::ilogb(std::max(value, kTiny)); };
     const double factor = scale * kLog2E;
-    const int shift = (std::ilogb(std::max(b_norm, kTiny)) -
-                       std::ilogb(std::max(a_norm * std::abs(factor), kTiny))) /
-                      2;
-    return {std::ldexp(factor, shift), std::ldexp(1.0, -shift)};
+    if (engine.contrast.scale != nullptr) {
+        const int a = exponent(a_norm);
+        const int b = exponent(b_norm);
+        return {std::ldexp(1.0, -a),
+                std::ldexp(1.0, -b),
+                static_cast<float>(std::ldexp(factor, a + b))};
+    }
+    const int shift = (exponent(b_norm) - exponent(a_norm * std::abs(factor))) / 2;
+    return {std::ldexp(factor, shift), std::ldexp(1.0, -shift), 1.0F};
 }
 
 // The factors, after checks that no product can pass `limit`.
-inline std::pair<double, double> checked_factors(const char* op,
-                                                 const Rows& a,
-                                                 const Rows& b,
-                                                 double scale,
-                                                 double limit,
-                                                 const Kernels& kernels,
-                                                 Execution& execution) {
+inline ProductFactors checked_factors(const char* op,
+                                      const Rows& a,
+                                      const Rows& b,
+                                      double scale,
+                                      double limit,
+                                      const ContrastEngine& engine,
+                                      Execution& execution) {
     constexpr double kLargestScale = 1e36;
     PYFEAT_CHECK(a.dim == b.dim, op, ": a and b must have the same width");
     PYFEAT_CHECK(std::abs(scale) <= kLargestScale,
                  op,
                  ": scale must be at most 1e36 in magnitude, got ",
                  scale);
-    const double a_norm = largest_norm(a, op, "a", kernels, execution);
-    const double b_norm = largest_norm(b, op, "b", kernels, execution);
+    const double a_norm = largest_norm(a, op, "a", engine.kernels, execution);
+    const double b_norm = largest_norm(b, op, "b", engine.kernels, execution);
     const double largest = a_norm * b_norm * std::abs(scale);
     PYFEAT_CHECK(largest <= limit,
                  op,
@@ -142,14 +177,36 @@ inline std::pair<double, double> checked_factors(const char* op,
                  limit,
                  " for the longest rows, got ",
                  largest);
-    return product_factors(scale, a_norm, b_norm);
+    return product_factors(scale, a_norm, b_norm, engine);
+}
+
+// The tile of a panel of A and one of B, [MR, NR].
+inline void multiply_tile(const ContrastEngine& engine,
+                          std::int64_t words,
+                          const float* a_panel,
+                          const float* b_panel,
+                          float factor,
+                          float* products) {
+    engine.tiles.multiply(words, a_panel, b_panel, products);
+    if (engine.contrast.scale != nullptr) {
+        engine.contrast.scale(products, factor);
+    }
 }
 
 template <typename Epilogue>
 class ProductTiles {
   public:
-    ProductTiles(const TileKernels& tiles, const Panels& a, const Panels& b, Execution& execution)
-        : tiles_(tiles), a_(a), b_(b), execution_(execution) {
+    ProductTiles(const ContrastEngine& engine,
+                 const Panels& a,
+                 const Panels& b,
+                 float factor,
+                 Execution& execution)
+        : engine_(engine),
+          tiles_(engine.tiles),
+          a_(a),
+          b_(b),
+          factor_(factor),
+          execution_(execution) {
         // Half of the second-level cache holds a strip of B while the panels of A pass over it.
         const std::int64_t panel_bytes = std::max<std::int64_t>(4 * b.words * b.width, 1);
         strip_ =
@@ -178,7 +235,7 @@ class ProductTiles {
                 const TileUse use(tiles_);
                 for (std::int64_t j = first; j < end; ++j) {
                     alignas(64) float products[kMaxTileQueries * kMaxTileRows];
-                    tiles_.multiply(a_.words, a_.panel(i), b_.panel(j), products);
+                    multiply_tile(engine_, a_.words, a_.panel(i), b_.panel(j), factor_, products);
                     if (first_a_panel_ + i < kept_.num_panels) {
                         const std::int64_t size = tiles_.queries * tiles_.rows;
                         const std::int64_t tile =
@@ -205,9 +262,11 @@ class ProductTiles {
         }
     }
 
+    const ContrastEngine& engine_;
     const TileKernels& tiles_;
     const Panels& a_;
     const Panels& b_;
+    float factor_;
     Execution& execution_;
     std::int64_t strip_;
     KeptTiles kept_;

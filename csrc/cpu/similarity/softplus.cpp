@@ -30,12 +30,12 @@ AlignedFloats padded(const double* values, std::int64_t count, double factor) {
 // Epilogue of GradientProducts. A task has its rows to itself, so that sums need no parts.
 class Softplus {
   public:
-    Softplus(const SoftplusParams& params, const Kernels& kernels)
-        : kernel_(kernels.contrast.softplus),
-          lanes_(kernels.powers.lanes),
-          height_(kernels.tile_kernels(Precision::kFloat32).queries),
+    Softplus(const SoftplusParams& params, double unit, const ContrastEngine& engine)
+        : kernel_(engine.contrast.softplus),
+          lanes_(engine.kernels.powers.lanes),
+          height_(engine.tiles.queries),
           terms_(params.pairs, params.a.num_rows, params.b.num_rows),
-          weights_(padded(params.weights, params.a.num_rows, params.scale)) {
+          weights_(padded(params.weights, params.a.num_rows, params.scale / unit)) {
         const double bias = params.bias / Base2::kLog;
         bias_ = static_cast<float>(bias);
         // A bias that loses more than this to rounding outweighs every product.
@@ -96,15 +96,20 @@ class Softplus {
 }  // namespace
 
 void softplus_cpu(const SoftplusParams& params, Isa isa, Execution& execution) {
-    const Kernels& kernels = kernels_for(isa);
-    const auto factors = checked_factors(
-        "softplus", params.a, params.b, params.scale, kLargestProduct, kernels, execution);
+    const ContrastEngine engine = gradient_engine(isa, params.a, params.b, params.products);
+    const ProductFactors factors = checked_factors(
+        "softplus", params.a, params.b, params.scale, kLargestProduct, engine, execution);
     PYFEAT_CHECK(std::abs(params.bias) <= 1e36,
                  "softplus: bias must be at most 1e36 in magnitude, got ",
                  params.bias);
-    Softplus epilogue(params, kernels);
-    GradientProducts<Softplus>(
-        {params.a, params.b, factors, {}}, params.products, false, epilogue, kernels, execution)
+    const double unit = gradient_unit(engine, params.scale, {{params.weights, params.a.num_rows}});
+    Softplus epilogue(params, unit, engine);
+    GradientProducts<Softplus>({params.a, params.b, factors, unit, {}},
+                               params.products,
+                               false,
+                               epilogue,
+                               engine,
+                               execution)
         .run();
     epilogue.write(params);
 }

@@ -9,8 +9,8 @@
 namespace pyfeat {
 
 // Sums and gradients in one pass: no gradient needs a sum over other pairs. One product of matrices
-// in float32 for the sums and one for each gradient. The same bits from any number of threads.
-// Workspace as for contrast_gradient_cpu.
+// for the sums and one for each gradient, as exact as those of contrast_gradient_cpu. The same bits
+// from any number of threads. Workspace as there.
 //
 // Throws std::invalid_argument for features that are not finite and for products that could pass
 // 1e36.

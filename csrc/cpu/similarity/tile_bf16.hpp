@@ -80,7 +80,7 @@ constexpr pyfeat::TileKernels bf16_tiles() {
             pack_bf16<Columns<kTileRows>>,
             pack_bf16<Columns<kTileQueries>>,
             score_tile<Bfloat16Product>,
-            multiply_panels<Bfloat16Product>,
+            multiply_in_blocks<Bfloat16Product>,
             nullptr,
             nullptr};
 }

@@ -5,6 +5,8 @@
 #include "cpu/similarity/exponential.hpp"
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/tile.hpp"
+#include "cpu/similarity/tile_bf16.hpp"
+#include "cpu/similarity/tile_float32.hpp"
 
 namespace {
 
@@ -83,12 +85,13 @@ inline void take_largest(const float* row,
     }
 }
 
+template <int kRows>
 void adjust_tile(float* products,
                  const pyfeat::PairTile& pairs,
                  const pyfeat::ProductStatistics& statistics) {
     Floats bias[kTileVectors];
     load_bias(pairs.column_bias, bias);
-    for (int r = 0; r < kTileQueries; ++r) {
+    for (int r = 0; r < kRows; ++r) {
         float* row = products + r * kTileRows;
         for (int v = 0; v < kTileVectors && pairs.column_bias != nullptr; ++v) {
             store(row + v * kLanes, add(load(row + v * kLanes), bias[v]));
@@ -114,6 +117,7 @@ void adjust_tile(float* products,
 }
 
 // One polynomial serves the row's and the column's power, which differ in their whole shifts.
+template <int kRows>
 void gradient_tile(const float* products,
                    const pyfeat::PairTile& pairs,
                    const pyfeat::GradientTerms& rows,
@@ -125,7 +129,7 @@ void gradient_tile(const float* products,
         shifts[v] = columns.shifts == nullptr ? zero() : load(columns.shifts + v * kLanes);
         weights[v] = columns.shifts == nullptr ? zero() : load(columns.weights + v * kLanes);
     }
-    for (int r = 0; r < kTileQueries; ++r) {
+    for (int r = 0; r < kRows; ++r) {
         float* to = gradient + r * pyfeat::kGradientStride;
         const Floats shift = broadcast(rows.shifts[r]), weight = broadcast(rows.weights[r]);
         PYFEAT_UNROLL
@@ -164,6 +168,7 @@ inline Floats log_one_plus(Floats e) {
 // softplus(z) = max(z, 0) + ln(1 + e) and sigmoid(z) = (e if z < 0, else 1) / (1 + e), where
 // e = exp(-|z|) = 2^-|x| cannot overflow. Positive pairs have their signs turned before and after,
 // so that a loss near 0 keeps its digits.
+template <int kRows>
 void softplus_tile(const float* products,
                    const pyfeat::PairTile& pairs,
                    const pyfeat::SoftplusTerms& terms,
@@ -177,7 +182,7 @@ void softplus_tile(const float* products,
     for (int v = 0; v < kTileVectors; ++v) {
         store(signs + v * kLanes, broadcast(1.0F));
     }
-    for (int r = 0; r < kTileQueries; ++r) {
+    for (int r = 0; r < kRows; ++r) {
         alignas(64) float row[kTileRows];
         for (int v = 0; v < kTileVectors; ++v) {
             store(row + v * kLanes, load(products + r * kTileRows + v * kLanes));
@@ -212,8 +217,8 @@ void softplus_tile(const float* products,
     }
 }
 
-// sums[r, d] += gradient[r * kRowStride + w * kWordStride] panel[w, d].
-template <std::int64_t kRowStride, std::int64_t kWordStride>
+// sums[r, d] += gradient[r * kRowStride + w * kWordStride] panel[w, d], words of Product.
+template <typename Product, std::int64_t kRowStride, std::int64_t kWordStride>
 PYFEAT_NOINLINE void multiply_gradient(std::int64_t count,
                                        const float* gradient,
                                        const float* panel,
@@ -236,20 +241,20 @@ PYFEAT_NOINLINE void multiply_gradient(std::int64_t count,
         }
     }
     for (std::int64_t w = 0; w < count; ++w) {
-        Floats values[kTileVectors];
+        typename Product::Words values[kTileVectors];
         for (int at = 0; at < kTileRows; at += 16) {
             PYFEAT_PREFETCH(panel + kWordsAhead * kTileRows + at);
         }
         PYFEAT_UNROLL
         for (int v = 0; v < kTileVectors; ++v) {
-            values[v] = load(panel + v * kLanes);
+            values[v] = Product::load_rows(panel + v * kLanes);
         }
         PYFEAT_UNROLL
         for (int r = 0; r < kTileQueries; ++r) {
-            const Floats factor = broadcast(gradient[r * kRowStride]);
+            const typename Product::Words factor = Product::load_query(gradient + r * kRowStride);
             PYFEAT_UNROLL
             for (int v = 0; v < kTileVectors; ++v) {
-                sum[r][v] = multiply_add(factor, values[v], sum[r][v]);
+                sum[r][v] = Product::accumulate(factor, values[v], sum[r][v]);
             }
         }
         gradient += kWordStride;
@@ -267,12 +272,75 @@ PYFEAT_NOINLINE void multiply_gradient(std::int64_t count,
     }
 }
 
-constexpr pyfeat::ContrastKernels contrast_kernels() {
-    return {adjust_tile,
-            gradient_tile,
-            softplus_tile,
-            multiply_gradient<pyfeat::kGradientStride, 1>,
-            multiply_gradient<1, pyfeat::kGradientStride>};
+constexpr pyfeat::ContrastKernels float32_contrast() {
+    return {pyfeat::Precision::kFloat32,
+            1,
+            kTileQueries,
+            nullptr,
+            add_powers<kTileQueries>,
+            adjust_tile<kTileQueries>,
+            gradient_tile<kTileQueries>,
+            softplus_tile<kTileQueries>,
+            nullptr,
+            multiply_gradient<Float32Product, pyfeat::kGradientStride, 1>,
+            multiply_gradient<Float32Product, 1, pyfeat::kGradientStride>};
 }
+
+#if defined(PYFEAT_ISA_AVX512_BF16)
+void scale_tile(float* products, float factor) {
+    const Floats by = broadcast(factor);
+    for (int i = 0; i < kTileQueries * kTileRows; i += kLanes) {
+        store(products + i, multiply(load(products + i), by));
+    }
+}
+
+// Two registers as bfloat16, to nearest: the first in the low half of the pairs' register.
+inline Ints round_pairs(Floats first, Floats second) {
+    return reinterpret_cast<Ints>(_mm512_cvtne2ps_pbh(second, first));
+}
+
+// Words of 16 columns: `low` in their low halves, `high` in the high ones.
+inline Ints interleave(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+void round_gradient(const float* gradient,
+                    std::int64_t num_columns,
+                    float* column_pairs,
+                    float* row_pairs) {
+    static_assert(kTileQueries % 2 == 0 && kTileRows == 2 * kLanes);
+    for (int r = 0; r < kTileQueries; r += 2) {
+        for (std::int64_t c = 0; c < num_columns; c += kTileRows) {
+            Ints rows[2];
+            for (int i = 0; i < 2; ++i) {
+                const float* at = gradient + (r + i) * pyfeat::kGradientStride + c;
+                rows[i] = round_pairs(load(at), load(at + kLanes));
+                store_ints(column_pairs + (r + i) * pyfeat::kGradientStride + c / 2, rows[i]);
+            }
+            float* to = row_pairs + r / 2 * pyfeat::kGradientStride + c;
+            store_ints(
+                to, interleave(_mm512_castsi512_si256(rows[0]), _mm512_castsi512_si256(rows[1])));
+            store_ints(to + kLanes,
+                       interleave(_mm512_extracti64x4_epi64(rows[0], 1),
+                                  _mm512_extracti64x4_epi64(rows[1], 1)));
+        }
+    }
+}
+
+constexpr pyfeat::ContrastKernels bf16_contrast() {
+    return {pyfeat::Precision::kBfloat16,
+            2,
+            kTileQueries,
+            scale_tile,
+            add_powers<kTileQueries>,
+            adjust_tile<kTileQueries>,
+            gradient_tile<kTileQueries>,
+            softplus_tile<kTileQueries>,
+            round_gradient,
+            multiply_gradient<Bfloat16Product, pyfeat::kGradientStride, 1>,
+            multiply_gradient<Bfloat16Product, 1, pyfeat::kGradientStride>};
+}
+#endif
 
 }  // namespace

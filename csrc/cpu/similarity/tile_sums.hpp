@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums of exponentials over the rows and columns of A B^T from float32 tiles.
+// Sums of exponentials over the rows and columns of A B^T from tiles.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <tuple>
-#include <utility>
 #include <vector>
 
 #include "cpu/similarity/kernels.hpp"
@@ -97,19 +95,20 @@ class PartValues {
 // when they are added to a float64 one.
 class RowAndColumnSums {
   public:
-    RowAndColumnSums(const Kernels& kernels,
+    RowAndColumnSums(const ContrastEngine& engine,
                      ShiftedSum<Base2>* rows,
                      float* column_exponents,
                      double* column_sums,
                      const TileTerms& terms,
                      const ProductStatistics& statistics)
-        : powers_(kernels.powers),
+        : lanes_(engine.kernels.powers.lanes),
+          add_powers_(engine.contrast.add_powers),
           adjust_(terms.empty() && statistics.row_largest == nullptr ? nullptr
-                                                                     : kernels.contrast.adjust),
+                                                                     : engine.contrast.adjust),
           terms_(terms),
           statistics_(statistics),
-          height_(kernels.tile_kernels(Precision::kFloat32).queries),
-          width_(kernels.tile_kernels(Precision::kFloat32).rows),
+          height_(engine.tiles.queries),
+          width_(engine.tiles.rows),
           rows_(rows),
           column_exponents_(column_exponents),
           column_sums_(column_sums) {
@@ -129,17 +128,17 @@ class RowAndColumnSums {
                      from(statistics_.row_largest, row),
                      from(statistics_.column_largest, column)});
         }
-        powers_.add_tile(products,
-                         {exponents_,
-                          sums_,
-                          column_exponents_ + b_panel * width_,
-                          column_sums_ + b_panel * width_});
+        add_powers_(products,
+                    {exponents_,
+                     sums_,
+                     column_exponents_ + b_panel * width_,
+                     column_sums_ + b_panel * width_});
     }
 
     void end_strip(std::int64_t a_panel) {
-        for (int i = 0; i < height_ * powers_.lanes; ++i) {
+        for (int i = 0; i < height_ * lanes_; ++i) {
             if (exponents_[i] != kNoProduct) {
-                rows_[a_panel * height_ + i / powers_.lanes].add(exponents_[i], sums_[i]);
+                rows_[a_panel * height_ + i / lanes_].add(exponents_[i], sums_[i]);
             }
         }
         clear();
@@ -147,11 +146,12 @@ class RowAndColumnSums {
 
   private:
     void clear() {
-        std::fill_n(exponents_, height_ * powers_.lanes, kNoProduct);
-        std::fill_n(sums_, height_ * powers_.lanes, 0.0F);
+        std::fill_n(exponents_, height_ * lanes_, kNoProduct);
+        std::fill_n(sums_, height_ * lanes_, 0.0F);
     }
 
-    const PowerKernels& powers_;
+    int lanes_;
+    decltype(ContrastKernels::add_powers) add_powers_;
     decltype(ContrastKernels::adjust) adjust_;
     TileTerms terms_;               // from the first row and column on
     ProductStatistics statistics_;  // of these too
@@ -163,16 +163,16 @@ class RowAndColumnSums {
     alignas(64) float sums_[kMaxTileQueries * kMaxLanes];
 };
 
-// Of S = scale A B^T in powers of two: A takes scale / ln 2 in.
+// Of S = scale A B^T in powers of two.
 class TileSums {
   public:
     TileSums(const LogSumExpParams& params,
-             std::pair<double, double> factors,
-             const Kernels& kernels,
+             const ProductFactors& factors,
+             const ContrastEngine& engine,
              Execution& execution)
         : params_(params),
-          kernels_(kernels),
-          tiles_(kernels.tile_kernels(Precision::kFloat32)),
+          engine_(engine),
+          tiles_(engine.tiles),
           execution_(execution),
           factors_(factors),
           terms_(params.pairs, params.a.num_rows, params.b.num_rows),
@@ -190,11 +190,10 @@ class TileSums {
                            : even_chunk(a.num_rows, kRangeBytes / row_bytes, tiles_.queries);
         for (std::int64_t i = 0; i < a.num_rows; i += range) {
             const std::int64_t num_rows = std::min(range, a.num_rows - i);
-            pack_factor(a, i, num_rows, factors_.first, Factor::kA, kernels_, execution_, a_);
+            pack_factor(a, i, num_rows, factors_.a, Factor::kA, engine_, execution_, a_);
             for (std::int64_t j = params_.itself ? i : 0; j < b.num_rows; j += chunk) {
                 const std::int64_t num_columns = std::min(chunk, b.num_rows - j);
-                pack_factor(
-                    b, j, num_columns, factors_.second, Factor::kB, kernels_, execution_, b_);
+                pack_factor(b, j, num_columns, factors_.b, Factor::kB, engine_, execution_, b_);
                 if (params_.itself && i == j) {
                     add_own_products(i);
                 } else {
@@ -273,7 +272,8 @@ class TileSums {
                               kNoProduct,
                               num_column_sums,
                               width_),
-              products_(whole.tiles_, whole.a_, whole.b_, whole.execution_) {
+              products_(
+                  whole.engine_, whole.a_, whole.b_, whole.factors_.products, whole.execution_) {
             products_.keep(whole.params_.kept,
                            first_row / whole.tiles_.queries,
                            first_column / whole.tiles_.rows,
@@ -281,7 +281,7 @@ class TileSums {
         }
 
         void add(std::int64_t i, std::int64_t j, PanelRange a, PanelRange b, bool with_columns) {
-            RowAndColumnSums sums(whole_.kernels_,
+            RowAndColumnSums sums(whole_.engine_,
                                   &rows_[to_size(j * height_)],
                                   columns_.exponents(i),
                                   columns_.sums(i),
@@ -347,10 +347,10 @@ class TileSums {
     }
 
     const LogSumExpParams& params_;
-    const Kernels& kernels_;
+    const ContrastEngine& engine_;
     const TileKernels& tiles_;
     Execution& execution_;
-    std::pair<double, double> factors_;
+    ProductFactors factors_;
     PaddedTerms terms_;
     Panels a_, b_;
     Totals<Base2> totals_;
