@@ -193,7 +193,7 @@ struct DeformAttnParams {
     std::int64_t weight_strides[3];
 };
 
-// Contiguous arrays of Real; null where not wanted, but that of values is added to.
+// Contiguous arrays of Real; null where not wanted. Discrete sampling does not write locations'.
 struct DeformAttnGradients {
     const void* upstream;  // [B, Q, H, D]
     void *value, *locations, *weights;

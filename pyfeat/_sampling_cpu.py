@@ -8,6 +8,9 @@ from torch import Tensor
 from pyfeat import _C
 from pyfeat._checks import dtype_name
 
+# Features of points; fewer take less time than to wake a thread.
+_LEAST_WORK = 1 << 17
+
 
 class _Call(NamedTuple):
     """The inputs as the kernels take them, in the dtype of the sums but for the values."""
@@ -16,6 +19,7 @@ class _Call(NamedTuple):
     locations: Tensor
     weights: Tensor
     dtype: torch.dtype
+    discrete: bool
     arguments: dict[str, Any]  # of the compiled functions
 
 
@@ -38,9 +42,11 @@ def _call(
         "levels": (locations.shape[-1], shapes, num_points, *flags),
         "locations": (locations.data_ptr(), *locations.stride()[:3]),
         "weights": (weights.data_ptr(), *weights.stride()[:3]),
-        "num_threads": torch.get_num_threads(),
+        "num_threads": 1
+        if weights.numel() * value.shape[-1] < _LEAST_WORK
+        else torch.get_num_threads(),
     }
-    return _Call(value, locations, weights, dtype, arguments)
+    return _Call(value, locations, weights, dtype, flags[2], arguments)
 
 
 def _with_contiguous_end(tensor: Tensor, num_axes: int) -> Tensor:
@@ -74,8 +80,9 @@ def backward(value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     wanted = zip(
         (value, points[2], points[3]), (need_value, need_locations, need_weights), strict=True
     )
-    # The gradient of the values is added to.
-    gradients = [torch.zeros(x.shape if needed else (0,), dtype=call.dtype) for x, needed in wanted]
+    gradients = [torch.empty(x.shape if needed else (0,), dtype=call.dtype) for x, needed in wanted]
+    if call.discrete:
+        gradients[1].zero_()
     _C.deform_attn_backward_cpu(
         **call.arguments,
         grad_output=grad_output.data_ptr(),
@@ -92,7 +99,9 @@ def second(value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     by = [x.to(call.dtype).contiguous() for x in (by_value, by_locations, by_weights)]
     upstream = grad_output.to(call.dtype).contiguous()
     given = (value, points[2], points[3], grad_output)
-    gradients = [torch.zeros(x.shape, dtype=call.dtype) for x in given]
+    gradients = [torch.empty(x.shape, dtype=call.dtype) for x in given]
+    if call.discrete:
+        gradients[1].zero_()
     _C.deform_attn_second_cpu(
         **call.arguments,
         grad_output=upstream.data_ptr(),

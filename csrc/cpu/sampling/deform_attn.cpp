@@ -86,6 +86,10 @@ class DeformAttn {
     // by one for each slice of the features: in the order of the queries in any case.
     void backward(const DeformAttnGradients& given) {
         const bool sliced = num_pairs_ < execution_.num_threads() && width_ > kPointBlock;
+        const bool in_place = sliced || !packs_;
+        if (given.value != nullptr && in_place) {
+            fill_with_zeros(static_cast<Real*>(given.value));
+        }
         for_groups([&](Range pairs) {
             if (given.value == nullptr || sliced) {
                 for_query_tasks(pairs, [&](std::int64_t pair, Range queries, Worker& worker) {
@@ -101,13 +105,14 @@ class DeformAttn {
             for_tasks((pairs.end - pairs.first) * num_slices, [&](std::int64_t i, Worker& worker) {
                 const std::int64_t pair = pairs.first + i / num_slices;
                 const std::int64_t first = i % num_slices * slice;
-                add_value_gradient(
-                    given, pair, pairs, {first, std::min(params_.dim, first + slice)}, worker);
+                const Range part{first, std::min(params_.dim, first + slice)};
+                add_value_gradient(given, pair, pairs, part, in_place, worker);
             });
         });
     }
 
     void second(const DeformAttnSecond& second, const DeformAttnGradients& given) {
+        fill_with_zeros(static_cast<Real*>(given.value));
         for_groups([&](Range pairs) {
             for_tasks(pairs.end - pairs.first, [&](std::int64_t i, Worker& worker) {
                 const std::int64_t pair = pairs.first + i;
@@ -152,6 +157,16 @@ class DeformAttn {
                 worker.outside.make_zeros(width_);
             }
             body(task, worker);
+        });
+    }
+
+    // An array [B, S, H, D].
+    void fill_with_zeros(Real* data) {
+        constexpr std::int64_t kPerTask = 1 << 18;
+        const std::int64_t size = params_.batch * params_.num_cells * params_.heads * params_.dim;
+        execution_.parallel_for(num_chunks(size, kPerTask), [&](std::int64_t task, int) {
+            const std::int64_t first = task * kPerTask;
+            std::fill_n(data + first, std::min(kPerTask, size - first), Real{0});
         });
     }
 
@@ -309,10 +324,11 @@ class DeformAttn {
                             std::int64_t pair,
                             Range packed,
                             Range part,
+                            bool in_place,
                             Worker& worker) {
         const bool whole = part.first == 0 && part.end == params_.dim;
         Cells<Real> cells = value_gradient(given, pair, worker);
-        if (packs_ && whole) {
+        if (!in_place) {
             cells.data = worker.rows.make_zeros(params_.num_cells * width_);
             cells.stride = width_;
         }
@@ -326,7 +342,7 @@ class DeformAttn {
             to.num_features = part.end - part.first;
             add_gradients(given, pair, packed, queries, to, worker);
         });
-        if (packs_ && whole) {
+        if (!in_place) {
             const Cells<Real> to = value_gradient(given, pair, worker);
             for (std::int32_t s = 0; s < params_.num_cells; ++s) {
                 std::copy_n(cells.row(s), params_.dim, to.row(s));
