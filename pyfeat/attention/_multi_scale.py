@@ -171,24 +171,36 @@ class MultiScaleDeformAttn(nn.Module):
         valid_ratios: Tensor | None,
     ) -> Tensor:
         """(B, Q, H, T, n): where the points of every query and head are, in float32 at least."""
-        ndim, device = self.ndim, offsets.device
+        ndim, counts = self.ndim, self.num_points
         dtype = torch.promote_types(reference_points.dtype, torch.float32)
         references = reference_points.to(dtype)
         if references.ndim == 3:
-            references = references[:, :, None].expand(-1, -1, len(sizes), -1)
+            references = references[:, :, None].expand(-1, -1, len(counts), -1)
         if valid_ratios is not None:
             repeats = references.shape[-1] // ndim
             references = references * valid_ratios.to(dtype).repeat(1, 1, repeats)[:, None]
-        levels = [level for level, count in enumerate(self.num_points) for _ in range(count)]
-        references = references[:, :, torch.tensor(levels, device=device), None].transpose(2, 3)
+        of_points = [
+            references[:, :, level, None].expand(-1, -1, count, -1)
+            for level, count in enumerate(counts)
+        ]
+        references = torch.cat(of_points, dim=2)[:, :, None]  # [B, Q, 1, T, n or 2n]
         offsets = offsets.to(torch.promote_types(offsets.dtype, dtype))
         if references.shape[-1] == ndim:
             last = 1 if self.align_corners else 0
-            cells = [[max(size - last, 1) for size in reversed(sizes[level])] for level in levels]
-            return references + offsets / torch.tensor(cells, dtype=dtype, device=device)
-        scales = [[self.offset_scale / self.num_points[level]] for level in levels]
-        boxes = references[..., ndim:] * torch.tensor(scales, dtype=dtype, device=device)
-        return references[..., :ndim] + offsets * boxes
+            cells = [[max(size - last, 1) for size in reversed(shape)] for shape in sizes]
+            return references + offsets / self._of_points(cells, offsets)
+        scales = self._of_points([[self.offset_scale / count] for count in counts], offsets)
+        return references[..., :ndim] + offsets * (references[..., ndim:] * scales)
+
+    def _of_points(self, numbers: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+        """(T, n): for every point, those of its level.
+
+        Filled in on the device: a copy from the host could not be captured in a CUDA graph.
+        """
+        levels = [torch.stack([like.new_full((), x) for x in level]) for level in numbers]
+        return torch.cat(
+            [x.expand(count, -1) for x, count in zip(levels, self.num_points, strict=True)]
+        )
 
     def _sizes(self, spatial_shapes: Sequence[Sequence[int]] | Tensor) -> list[tuple[int, ...]]:
         if isinstance(spatial_shapes, Tensor):
