@@ -9,11 +9,15 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.models.deformable_detr import modeling_deformable_detr
 
 from pyfeat import deform_attn, reference
 from pyfeat.attention import DeformableAttention1D, DeformableEncoderLayer
 from pyfeat.integrations.onnx import translation_table
+from pyfeat.integrations.transformers import patch, unpatch
+from tests.support_detection import SMALL
 
 pytestmark = [
     pytest.mark.slow,
@@ -172,6 +176,33 @@ def test_dense_attention_exports() -> None:
     x = torch.randn(2, 16, 8)
     (output,) = run(session, x)
     torch.testing.assert_close(output, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_patched_layer_of_transformers_exports() -> None:
+    config = transformers.DeformableDetrConfig(num_feature_levels=2, **SMALL)
+    layer = modeling_deformable_detr.DeformableDetrMultiscaleDeformableAttention(config, 4, 2)
+    shapes = [(3, 4), (2, 2)]
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, query: Tensor, value: Tensor, points: Tensor) -> Tensor:
+            options = {"spatial_shapes": torch.tensor(shapes), "spatial_shapes_list": shapes}
+            output: Tensor = self.layer(
+                query, encoder_hidden_states=value, reference_points=points, **options
+            )[0]
+            return output
+
+    inputs = torch.randn(1, 5, 32), torch.randn(1, 16, 32), torch.rand(1, 5, 2, 2)
+    expected = Layer()(*inputs)
+    patch()
+    try:
+        (output,) = run(exported(Layer(), inputs), *inputs)
+    finally:
+        unpatch()
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_onnxscript_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,8 @@ def patch() -> tuple[str, ...]:
     ``MultiScaleDeformableAttention`` (Deformable DETR, RT-DETR, Grounding DINO, OmDet, LW-DETR and
     more), and the functions of Mask2Former and OneFormer, of RT-DETRv2, D-FINE and DEIMv2. It holds
     for models made before and after; a layer that the package ``kernels`` has replaced in one model
-    stays so. A second call changes nothing.
+    stays so, and versions without that layer first try a compiled kernel of theirs, unless the
+    config has ``disable_custom_kernels``. A second call changes nothing.
 
     Returns:
         The names of the models, such as "deformable_detr", sorted.
