@@ -83,7 +83,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
     # What is derived once more must be made of parts that have derivatives.
     apart = softmax and torch.is_grad_enabled()
-    logits, weights = weights, weights.softmax(dim=-1) if apart else weights
+    logits = weights
+    if apart:  # in the dtype of the sums: the gradient is that without this
+        weights = weights.softmax(dim=-1, dtype=torch.promote_types(value.dtype, torch.float32))
     grad_value, grad_locations, grad_weights = _attend_backward(
         value,
         ctx.shapes,

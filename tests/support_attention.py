@@ -1,13 +1,16 @@
-"""Inputs of deformable attention and what is used in its place: grid_sample, level by level."""
+"""Inputs of deformable attention, what is used in its place, and comparisons with the reference."""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+import pyfeat
+from pyfeat import reference
 
 # Levels of 1, 2 and 3 dimensions; none square, one of a single cell along an axis.
 SHAPES: dict[int, list[tuple[int, ...]]] = {
@@ -143,3 +146,78 @@ def gradients_of(out: Tensor, leaves: Sequence[Tensor], grad_output: Tensor) -> 
     return list(
         torch.autograd.grad(out, leaves, grad_output, allow_unused=True, materialize_grads=True)
     )
+
+
+class Mode(NamedTuple):
+    """How the op samples and weighs."""
+
+    padding: Literal["zeros", "border"] = "zeros"
+    align_corners: bool = False
+    sampling: Literal["linear", "discrete"] = "linear"
+    softmax: bool = False
+
+    def __str__(self) -> str:
+        corners = "corners" if self.align_corners else "edges"
+        weights = "logits" if self.softmax else "weights"
+        return f"{self.sampling}-{self.padding}-{corners}-{weights}"
+
+
+MODES = [
+    Mode(),
+    Mode(padding="zeros", align_corners=True, softmax=True),
+    Mode(padding="border", softmax=True),
+    Mode(padding="border", align_corners=True),
+    Mode(sampling="discrete"),
+    Mode(sampling="discrete", softmax=True),
+]
+
+
+def attend(inputs: Inputs, mode: Mode) -> Tensor:
+    """By the op."""
+    return pyfeat.deform_attn(*inputs[:4], num_points=inputs.num_points, **mode._asdict())
+
+
+def attend_exactly(inputs: Inputs, mode: Mode) -> Tensor:
+    """By the reference, in the dtypes of the inputs."""
+    return reference.deform_attn(*inputs[:4], num_points=inputs.num_points, **mode._asdict())
+
+
+def with_gradients(
+    attention: Callable[[Inputs, Mode], Tensor], inputs: Inputs, mode: Mode, grad_output: Tensor
+) -> list[Tensor]:
+    """The result and its gradients by value, locations and weights."""
+    leaves = [x.detach().requires_grad_() for x in inputs.tensors()]
+    out = attention(inputs.of(*leaves), mode)
+    return [out.detach(), *gradients_of(out, leaves, grad_output.to(out.dtype))]
+
+
+def assert_as_good_as_plain_torch(inputs: Inputs, mode: Mode, grad_output: Tensor) -> None:
+    """Fail unless the op's result and gradients err at most twice as much as the reference.
+
+    Errors are those against the reference in float64, of every element, and the bound is twice the
+    largest that the reference makes in the dtypes of the inputs. One rounding of the largest element
+    is granted where it makes none by chance, and sixteen in float64, which is what is compared with.
+    """
+    wide = inputs.to(torch.float64)
+    for name, mine, plain, exact in zip(
+        ("result", "value", "locations", "weights"),
+        with_gradients(attend, inputs, mode, grad_output),
+        with_gradients(attend_exactly, inputs, mode, grad_output),
+        with_gradients(attend_exactly, wide, mode, grad_output.double()),
+        strict=True,
+    ):
+        assert mine.dtype == plain.dtype
+        assert mine.shape == plain.shape
+        assert_close_enough(name, mine, plain, exact)
+
+
+def assert_close_enough(name: str, mine: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Fail if an element of ``mine`` errs more than twice the most that one of ``plain`` does."""
+    if exact.numel() == 0:
+        return
+    rounding = torch.finfo(mine.dtype).eps / 2 * float(exact.abs().max())
+    if mine.dtype == torch.float64:
+        rounding *= 16
+    budget = 2 * float((plain.double() - exact).abs().max()) + rounding
+    error = float((mine.double() - exact).abs().max())
+    assert error <= budget, f"{name} off by {error:.2e}, granted {budget:.2e}"

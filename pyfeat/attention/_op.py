@@ -1,12 +1,14 @@
 """Multi-scale deformable attention in one, two and three dimensions."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pyfeat import _sampling, reference
-from pyfeat._backends import Backend, select_backend
+from pyfeat._backends import BACKENDS, Backend, select_backend
 from pyfeat._checks import DTYPES, check_choice, dtype_name
 from pyfeat._sampling import Levels
 
@@ -62,7 +64,7 @@ def deform_attn(
         (B, Q, H D), dtype of ``value``.
 
     Raises:
-        TypeError: If a dtype is not a float.
+        TypeError: If a dtype is not a float, or a size or number of points no integer.
         ValueError: If shapes or devices do not fit, or an option is unknown.
         NotImplementedError: If no backend, or not the one asked for, supports the inputs.
 
@@ -71,8 +73,8 @@ def deform_attn(
     derivative is that to the right. Sums are in float32 (float64 for float64 values) and rounded once.
 
     Memory: O(inputs + outputs). On the CPU at most 16 MB beside, or the values of two heads for every
-    thread if that is more, and for half-precision values a gradient in float32; results do not
-    depend on the number of threads.
+    thread if that is more, and of half-precision tensors, but for the values, copies in float32;
+    results do not depend on the number of threads.
 
     Source: Zhu et al., Deformable DETR, ICLR 2021; Lv et al., RT-DETRv2, 2024.
 
@@ -85,6 +87,7 @@ def deform_attn(
     """
     check_choice(_OP, "padding", padding, ("zeros", "border"))
     check_choice(_OP, "sampling", sampling, ("linear", "discrete"))
+    check_choice(_OP, "backend", backend, (None, *BACKENDS))
     _check_float("value", value, value, 4, "(B, S, H, D)")
     rank = 6 if num_points is None else 5
     layout = "L, P" if num_points is None else "T"
@@ -144,7 +147,12 @@ def _checked_shapes(
             f"got {num_dims}"
         )
         raise ValueError(message)
-    given = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    given: Any = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    if not isinstance(given, Sequence) or not all(_are_integers(shape) for shape in given):
+        message = (
+            f"{_OP}: spatial_shapes must hold {num_dims} integers for each level, got {given!r}"
+        )
+        raise TypeError(message)
     sizes = [tuple(shape) for shape in given]
     if any(len(shape) != num_dims or any(size < 0 for size in shape) for shape in sizes):
         message = (
@@ -167,6 +175,12 @@ def _checked_shapes(
     return sizes
 
 
+def _are_integers(values: object) -> bool:
+    return isinstance(values, Sequence) and all(
+        isinstance(x, int | torch.SymInt | np.integer) for x in values
+    )
+
+
 def _checked_counts(
     num_points: Sequence[int] | None, locations: Tensor, num_levels: int
 ) -> list[int]:
@@ -178,6 +192,9 @@ def _checked_counts(
             )
             raise ValueError(message)
         return [locations.shape[4]] * num_levels
+    if not _are_integers(num_points):
+        message = f"{_OP}: num_points must hold an integer for each level, got {num_points!r}"
+        raise TypeError(message)
     counts = list(num_points)
     if len(counts) != num_levels or any(count < 0 for count in counts):
         message = (
