@@ -26,8 +26,10 @@ _MAX_TERMS = 1 << 21
 # Queries of one program, each with one head, and logits that it reads at a time.
 _BLOCK_Q = 128
 _BLOCK_T = 16
-# Elements that a program of one cell reads at a time: terms times channels.
+# Elements that a program of one cell reads at a time, terms times channels; where cells have few
+# terms, no more than that many terms.
 _ELEMENTS = 1024
+_FEW_TERMS = 4
 _MAX_WARPS = 8
 
 
@@ -53,9 +55,9 @@ def sorted_value_gradient(sampling: Sampling, grad_output: Tensor, by_value: Ten
         slots, order = slots.sort(stable=True)
         ends = torch.searchsorted(slots, torch.arange(num_slots, device=slots.device), right=True)
         block_d = triton.next_power_of_2(dim)
-        # About as many terms at a time as a cell has, so that few lanes are idle.
-        terms_of_cell = triton.next_power_of_2(-(-len(order) // num_slots))
-        block_t = min(max(1, _ELEMENTS // block_d), terms_of_cell)
+        block_t = max(1, _ELEMENTS // block_d)
+        if len(order) <= _FEW_TERMS * num_slots:
+            block_t = min(block_t, _FEW_TERMS)
         _gather_terms_kernel[(num_slots,)](
             ends,
             order,
