@@ -24,8 +24,9 @@ struct Rows {
     std::int64_t dim;     // D
     std::int64_t stride;  // from one row to the next
 
-    const void* row(std::int64_t index) const {
-        return static_cast<const char*>(data) + index * stride * bytes_of(dtype);
+    // Of one row, from a feature on.
+    const void* row(std::int64_t index, std::int64_t feature = 0) const {
+        return static_cast<const char*>(data) + (index * stride + feature) * bytes_of(dtype);
     }
 };
 

@@ -46,7 +46,7 @@ torch.library.define(
 torch.library.define(
     "pyfeat::pair_sums_backward",
     f"(Tensor a, Tensor b, Tensor scale, {PAIRS_SCHEMA}, bool columns, {_GRADS_SCHEMA},"
-    " bool itself, bool need_a, bool need_b, Tensor? kept)"
+    " bool itself, bool need_a, bool need_b, bool need_scale, Tensor? kept)"
     " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
@@ -191,7 +191,7 @@ def _forward_fake(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple
 def _backward_fake(
     a: Tensor, b: Tensor, scale: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    itself, need_a, need_b, _ = arguments[-4:]
+    itself, need_a, need_b, _, _ = arguments[-5:]
     num_rows = a.shape[0] if need_a or not need_b else 0
     num_columns = b.shape[0] if need_b and not itself else 0
     dim = a.shape[1]
@@ -222,14 +222,16 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         torch.zeros_like(side) if grad is None else grad
         for side, grad in zip(sides, grads[:4], strict=True)
     ]
-    need_a, need_b = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not itself
+    need_a, need_b, need_scale = ctx.needs_input_grad[:3]
+    need_b = need_b and not itself
+    needs = need_a, need_b, need_scale
     grad_a, grad_b, grad_scale = torch.ops.pyfeat.pair_sums_backward(
-        a, b, scale, *pairs, columns, row_lse, column_lse, *given, itself, need_a, need_b, kept
+        a, b, scale, *pairs, columns, row_lse, column_lse, *given, itself, *needs, kept
     )
     return (
         grad_a if need_a else None,
         grad_b if need_b else None,
-        grad_scale,
+        grad_scale if need_scale else None,
         *(None for _ in ctx.rest),
     )
 

@@ -124,8 +124,8 @@ def scale_gradient(a: Tensor, grad_a: Tensor, scale: Tensor) -> Tensor:
 
 
 def backward(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *pairs, columns, row_lse, column_lse = arguments[:-8]
-    grads, (itself, need_a, need_b, kept) = arguments[-8:-4], arguments[-4:]
+    *pairs, columns, row_lse, column_lse = arguments[:-9]
+    grads, (itself, need_a, need_b, need_scale, kept) = arguments[-9:-5], arguments[-5:]
     need_a = need_a or not need_b
     sides = row_lse, column_lse, *(x.double() for x in grads)
     if a.dtype == torch.float64:
@@ -147,7 +147,10 @@ def backward(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tens
         itself=itself,
         kept=kept,
     )
-    grad_scale = scale_gradient(*((a, grad_a) if need_a else (b, grad_b)), scale)
+    if not need_scale:
+        grad_scale = torch.zeros_like(scale)
+    else:
+        grad_scale = scale_gradient(*((a, grad_a) if need_a else (b, grad_b)), scale)
     if itself:
         grad_scale = 0.5 * grad_scale  # every pair has been in the gradients of two rows
     return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_scale

@@ -30,9 +30,9 @@ def backward(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tens
         return _contrast_cpu.backward(a, b, scale, *arguments)
     from pyfeat._triton import contrast
 
-    *pairs, columns = arguments[:-10]
-    itself, need_a, need_b, _ = arguments[-4:]
-    sides = _weighted_sides(columns, arguments[-10:-4])
+    *pairs, columns = arguments[:-11]
+    itself, need_a, need_b, _, _ = arguments[-5:]
+    sides = _weighted_sides(columns, arguments[-11:-5])
     wanted = contrast.Wanted(need_a or not need_b, need_b and not itself, itself)
     return contrast.pair_gradients(a, b, scale, Pairs(*pairs), *sides, wanted)
 

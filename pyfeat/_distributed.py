@@ -151,7 +151,7 @@ class _DistributedPairSums(torch.autograd.Function):
                 columns,
                 of_rows,
                 block if columns else of_columns,
-                (need_a, need_b),
+                (need_a, need_b, ctx.needs_input_grad[2]),
             )
             if need_a:
                 grad_a.add_(gradients[0])
@@ -312,7 +312,7 @@ def _gradients(
     columns: bool,
     of_rows: Columns,
     of_columns: Columns,
-    needs: tuple[bool, bool],
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By a, b and scale, of the sums ``lse`` and the gradients by sums of rows and of columns."""
     names = ("lse", "grad_lse", "grad_positives")

@@ -79,6 +79,31 @@ void load_row(const void* row, double row_scale, std::int64_t dim, double* value
 }
 
 template <typename Element>
+void load_floats(
+    const void* row, double row_scale, std::int64_t dim, std::int64_t stride, float* values) {
+    const auto* x = static_cast<const Element*>(row);
+    if (stride == 1) {
+        for (std::int64_t d = 0; d < dim; ++d) {
+            values[d] = static_cast<float>(static_cast<double>(x[d]) * row_scale);
+        }
+        return;
+    }
+    const std::int64_t whole = dim - dim % kSums;
+    for (std::int64_t first = 0; first < whole; first += kSums) {
+        float block[kSums];
+        for (int i = 0; i < kSums; ++i) {
+            block[i] = static_cast<float>(static_cast<double>(x[first + i]) * row_scale);
+        }
+        for (int i = 0; i < kSums; ++i) {
+            values[(first + i) * stride] = block[i];
+        }
+    }
+    for (std::int64_t d = whole; d < dim; ++d) {
+        values[d * stride] = static_cast<float>(static_cast<double>(x[d]) * row_scale);
+    }
+}
+
+template <typename Element>
 pyfeat::TransformedRow transform_row(const void* row,
                                      double row_scale,
                                      std::int64_t dim,
@@ -119,7 +144,8 @@ constexpr pyfeat::RowKernels row_kernels() {
             dot<Element>,
             squared_distance<Element>,
             transform_row<Element>,
-            load_row<Element>};
+            load_row<Element>,
+            load_floats<Element>};
 }
 
 }  // namespace

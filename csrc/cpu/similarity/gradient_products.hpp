@@ -36,7 +36,7 @@ inline ContrastEngine gradient_engine(Isa isa,
 // A factor in the order in which gradients are multiplied with it: panels of NR features, of one
 // row or a pair of rows in a word.
 struct FeaturePanels {
-    std::int64_t num_words = 0, num_panels = 0;
+    std::int64_t num_words = 0, num_panels = 0, dim = 0;
     int width = 0, packed_values = 1;
     AlignedFloats values;  // [num_panels, num_words, width]
 
@@ -68,66 +68,93 @@ inline void pack_features(const Rows& rows,
     constexpr std::int64_t kPerTask = 64;  // words
     packed.width = engine.tiles.rows;
     packed.packed_values = engine.contrast.packed_values;
+    packed.dim = rows.dim;
     packed.num_words = packed.words(rows.num_rows);
     packed.num_panels = (rows.dim + packed.width - 1) / packed.width;
     packed.values.reserve(packed.num_panels * packed.num_words * packed.width);
     const RowKernels& row_kernels = engine.kernels.row_kernels(rows.dtype);
-    const std::int64_t room = packed.num_panels * packed.width;
     execution.parallel_for(
         (packed.num_words + kPerTask - 1) / kPerTask, [&](std::int64_t task, int) {
-            std::vector<double> values(to_size(packed.packed_values * room), 0.0);
-            const double* first = values.data();
-            const double* second = packed.packed_values == 2 ? first + room : nullptr;
             const std::int64_t end = std::min(packed.num_words, (task + 1) * kPerTask);
             for (std::int64_t word = task * kPerTask; word < end; ++word) {
-                for (int i = 0; i < packed.packed_values; ++i) {
-                    const std::int64_t row = word * packed.packed_values + i;
-                    if (row < rows.num_rows) {
-                        row_kernels.load(rows.row(row), 1.0, rows.dim, values.data() + i * room);
-                    } else {
-                        std::fill_n(values.begin() + i * room, room, 0.0);
-                    }
-                }
+                const std::int64_t row = word * packed.packed_values;
                 for (std::int64_t p = 0; p < packed.num_panels; ++p) {
+                    const std::int64_t d = p * packed.width;
+                    const std::int64_t dim = std::min<std::int64_t>(packed.width, rows.dim - d);
                     float* to = packed.values.data() + (p * packed.num_words + word) * packed.width;
-                    for (int d = 0; d < packed.width; ++d) {
-                        const std::int64_t at = p * packed.width + d;
-                        const auto value = static_cast<float>(first[at]);
-                        to[d] = second == nullptr ? value
-                                                  : pair_of(value, static_cast<float>(second[at]));
+                    row_kernels.load_floats(rows.row(row, d), 1.0, dim, 1, to);
+                    std::fill(to + dim, to + packed.width, 0.0F);
+                    if (packed.packed_values == 1) {
+                        continue;
                     }
+                    float next[kMaxTileRows] = {};
+                    if (row + 1 < rows.num_rows) {
+                        row_kernels.load_floats(rows.row(row + 1, d), 1.0, dim, 1, next);
+                    }
+                    std::transform(to, to + packed.width, next, to, pair_of);
                 }
             }
         });
 }
 
-// Running sums of a product, [rows, panels * NR].
+// Running sums of `unit` times a product [num_rows, dim], [rows, panels * NR]: in the product
+// itself if its rows are as wide, on 64-byte boundaries and of unit 1.
 class ProductSums {
   public:
-    void start(std::int64_t num_rows, const FeaturePanels& values, std::int64_t padding) {
-        num_rows_ = num_rows;
+    void start(const Rows& rows,
+               const FeaturePanels& values,
+               std::int64_t padding,
+               double unit,
+               float* product,
+               Execution& execution) {
+        num_rows_ = rows.num_rows;
+        dim_ = values.dim;
+        unit_ = unit;
+        product_ = product;
         stride_ = values.num_panels * values.width;
-        values_.reserve((num_rows + padding) * stride_);
-        std::fill_n(values_.data(), (num_rows + padding) * stride_, 0.0F);
+        const bool fits =
+            unit == 1.0 && dim_ == stride_ && reinterpret_cast<std::uintptr_t>(product) % 64 == 0;
+        if (!fits) {
+            values_.reserve((num_rows_ + padding) * stride_);
+        }
+        sums_ = fits ? product : values_.data();
+        for_rows(execution, [&](std::int64_t row) { std::fill_n(this->row(row), stride_, 0.0F); });
     }
 
     std::int64_t stride() const {
         return stride_;
     }
-    float* row(std::int64_t index) {
-        return values_.data() + index * stride_;
+    float* row(std::int64_t index) const {
+        return sums_ + index * stride_;
     }
-    void write(std::int64_t dim, double unit, float* product) const {
-        for (std::int64_t i = 0; i < num_rows_; ++i) {
-            const float* row = values_.data() + i * stride_;
-            std::transform(row, row + dim, product + i * dim, [=](float sum) {
-                return static_cast<float>(unit * static_cast<double>(sum));
-            });
+    void write(Execution& execution) const {
+        if (sums_ == product_) {
+            return;
         }
+        for_rows(execution, [&](std::int64_t index) {
+            const float* sums = row(index);
+            std::transform(sums, sums + dim_, product_ + index * dim_, [&](float sum) {
+                return static_cast<float>(unit_ * static_cast<double>(sum));
+            });
+        });
     }
 
   private:
-    std::int64_t num_rows_ = 0, stride_ = 0;
+    template <typename Use>
+    void for_rows(Execution& execution, Use use) const {
+        constexpr std::int64_t kPerTask = 64;
+        execution.parallel_for((num_rows_ + kPerTask - 1) / kPerTask, [&](std::int64_t task, int) {
+            const std::int64_t end = std::min(num_rows_, (task + 1) * kPerTask);
+            for (std::int64_t row = task * kPerTask; row < end; ++row) {
+                use(row);
+            }
+        });
+    }
+
+    std::int64_t num_rows_ = 0, dim_ = 0, stride_ = 0;
+    double unit_ = 1.0;
+    float* product_ = nullptr;
+    float* sums_ = nullptr;
     AlignedFloats values_;
 };
 
@@ -193,7 +220,6 @@ class GradientProducts {
           num_rows_(factors.a.num_rows),
           num_columns_(factors.b.num_rows),
           factor_(factors.factors.products),
-          unit_(factors.unit),
           kept_(factors.kept) {
         // With every tile kept there is nothing to multiply.
         if (itself || kept_.num_panels * tiles_.queries < num_rows_) {
@@ -203,11 +229,13 @@ class GradientProducts {
         }
         if (products.a != nullptr) {
             pack_features(products.b_values, engine, execution, b_values_);
-            a_sums_.start(num_rows_, b_values_, contrast_.product_rows);
+            a_sums_.start(
+                factors.a, b_values_, contrast_.product_rows, factors.unit, products.a, execution);
         }
         if (products.b != nullptr) {
             pack_features(products.a_values, engine, execution, a_values_);
-            b_sums_.start(num_columns_, a_values_, contrast_.product_rows);
+            b_sums_.start(
+                factors.b, a_values_, contrast_.product_rows, factors.unit, products.b, execution);
         }
     }
 
@@ -224,10 +252,10 @@ class GradientProducts {
                                     });
         }
         if (products_.a != nullptr) {
-            a_sums_.write(products_.b_values.dim, unit_, products_.a);
+            a_sums_.write(execution_);
         }
         if (products_.b != nullptr) {
-            b_sums_.write(products_.a_values.dim, unit_, products_.b);
+            b_sums_.write(execution_);
         }
     }
 
@@ -356,7 +384,6 @@ class GradientProducts {
     bool itself_;
     std::int64_t num_rows_, num_columns_;
     float factor_;
-    double unit_;
     KeptTiles kept_;
     Panels a_, b_;
     FeaturePanels a_values_, b_values_;

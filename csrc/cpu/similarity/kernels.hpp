@@ -160,6 +160,9 @@ struct RowKernels {
                                 double* values);
     // values[d] = row[d] * row_scale
     void (*load)(const void* row, double row_scale, std::int64_t dim, double* values);
+    // values[d * stride] = row[d] * row_scale, rounded once
+    void (*load_floats)(
+        const void* row, double row_scale, std::int64_t dim, std::int64_t stride, float* values);
 };
 
 // Sums of powers of two over the rows and the columns of tiles. Each is kept as sum * 2^exponent,

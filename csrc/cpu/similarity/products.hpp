@@ -79,10 +79,26 @@ inline void pack_factor(const Rows& rows,
     packed.num_panels = (num_rows + packed.width - 1) / packed.width;
     packed.values.reserve(packed.num_panels * packed.words * packed.width);
     execution.parallel_for(packed.num_panels, [&](std::int64_t p, int) {
-        std::vector<double> values(static_cast<std::size_t>(rows.dim));
         float* panel = packed.values.data() + p * packed.words * packed.width;
+        const int count = packed.count(p);
+        if (tiles.packed_values == 1) {
+            // Some features at a time: what they are written to stays in the first-level cache.
+            for (std::int64_t d = 0; d < rows.dim; d += kSumBlock) {
+                const std::int64_t dim = std::min(kSumBlock, rows.dim - d);
+                float* block = panel + d * packed.width;
+                if (count < packed.width) {
+                    std::fill_n(block, dim * packed.width, 0.0F);
+                }
+                for (int lane = 0; lane < count; ++lane) {
+                    const void* row = rows.row(first_row + p * packed.width + lane, d);
+                    row_kernels.load_floats(row, factor, dim, packed.width, block + lane);
+                }
+            }
+            return;
+        }
+        std::vector<double> values(static_cast<std::size_t>(rows.dim));
         for (int lane = 0; lane < packed.width; ++lane) {
-            if (lane < packed.count(p)) {
+            if (lane < count) {
                 const void* row = rows.row(first_row + p * packed.width + lane);
                 row_kernels.load(row, factor, rows.dim, values.data());
             } else {
