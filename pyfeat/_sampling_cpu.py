@@ -65,6 +65,15 @@ def _addresses(tensors: list[Tensor]) -> tuple[int, int, int]:
     return a, b, c
 
 
+def _clear_unwritten(call: _Call, gradients: list[Tensor]) -> None:
+    """Set to 0 what no kernel writes: by discrete locations, and by points without features."""
+    if call.discrete:
+        gradients[1].zero_()
+    if call.value.shape[3] == 0:
+        for gradient in gradients:
+            gradient.zero_()
+
+
 def forward(value: Tensor, *inputs: Any) -> Tensor:
     call = _call(value, *inputs)
     batch, _, heads, dim = value.shape
@@ -81,8 +90,7 @@ def backward(value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         (value, points[2], points[3]), (need_value, need_locations, need_weights), strict=True
     )
     gradients = [torch.empty(x.shape if needed else (0,), dtype=call.dtype) for x, needed in wanted]
-    if call.discrete:
-        gradients[1].zero_()
+    _clear_unwritten(call, gradients)
     _C.deform_attn_backward_cpu(
         **call.arguments,
         grad_output=grad_output.data_ptr(),
@@ -100,8 +108,7 @@ def second(value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     upstream = grad_output.to(call.dtype).contiguous()
     given = (value, points[2], points[3], grad_output)
     gradients = [torch.empty(x.shape, dtype=call.dtype) for x in given]
-    if call.discrete:
-        gradients[1].zero_()
+    _clear_unwritten(call, gradients)
     _C.deform_attn_second_cpu(
         **call.arguments,
         grad_output=upstream.data_ptr(),
