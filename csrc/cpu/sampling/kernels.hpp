@@ -128,12 +128,11 @@ struct SamplingTable {
     }
 };
 
-// Scratch of one call, in numbers of 8 bytes: arrays over the slots, 16 partial sums for every
-// corner of every point among them.
+// Scratch of one call, in numbers of 8 bytes: at most 32 arrays over the slots and 8 over their
+// corners.
 template <typename Real>
 std::int64_t scratch_size(const PointTable<Real>& points) {
-    constexpr std::int64_t kArrays = 64, kPartialSums = 16;
-    return points.num_slots * (kArrays + 2 * kPartialSums * points.num_corners());
+    return points.num_slots * (32 + 8 * points.num_corners());
 }
 
 const SamplingTable& sampling_kernels_for(Isa isa);

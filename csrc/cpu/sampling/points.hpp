@@ -89,11 +89,12 @@ class Points {
 
     // Whether it has any corner; without, it adds nothing, whatever its weight is.
     bool is_there(std::int64_t t) const {
-        bool there = false;
+        std::int32_t marks = kNoCell;
+        PYFEAT_UNROLL
         for (int e = 0; e < kCorners; ++e) {
-            there = there || cells_[e][t] >= 0;
+            marks &= cells_[e][t];
         }
-        return there;
+        return marks >= 0;
     }
 
     void locate(const Real* locations, const Real* weights) {
@@ -134,7 +135,8 @@ class Points {
 
     // What a corner weighs; NaN weights of points out of range do not count.
     Real weight(int corner, std::int64_t t) const {
-        return cells_[corner][t] < 0 ? Real{0} : weights_[t] * share(corner, t);
+        const Real product = weights_[t] * share(corner, t);
+        return cells_[corner][t] < 0 ? Real{0} : product;
     }
 
   private:

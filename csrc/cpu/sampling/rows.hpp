@@ -116,69 +116,59 @@ void add_to_rows(const CornerCounts& counts,
     });
 }
 
-// sums[i] = sum over the lanes of partial[i, lane], for i below a multiple of 16.
-template <typename Real>
-inline void sum_lanes(const Real* partial, std::int64_t count, Real* sums) {
-    constexpr int kWidth = Lanes<Real>::kCount;
-    if constexpr (sizeof(Real) == sizeof(float) && kWidth > 1) {
-        for (std::int64_t i = 0; i < count; i += kWidth) {
-            store(sums + i, sums_of_registers(partial + i * kWidth));
+// dots[.] = sum over d of rows[.][d] feature[d], of all slots: those without a point have rows as
+// well. As many rows at a time as a register has lanes, whose sums over the lanes are then taken at
+// once: each costs three instructions, less than the fewer but longer sums of the value and of its
+// n derivatives.
+inline void dot_rows(const CornerCounts& counts,
+                     const float* const* rows,
+                     const float* feature,
+                     std::int64_t dim,
+                     float* dots) {
+    const std::int64_t whole = dim / kLanes * kLanes;
+    for (std::int64_t i = 0; i < counts.corners * counts.slots; i += kLanes) {
+        const float* const* group = rows + i;
+        Floats sums[kLanes];
+        PYFEAT_UNROLL
+        for (int k = 0; k < kLanes; ++k) {
+            sums[k] = zero();
         }
-    } else {
-        for (std::int64_t i = 0; i < count; ++i) {
-            Real sum = partial[i * kWidth];
-            for (int lane = 1; lane < kWidth; ++lane) {
-                sum += partial[i * kWidth + lane];
+        for_blocks<float, 4>(0, whole, [&](std::int64_t first, auto vectors) {
+            constexpr int kVectors = decltype(vectors)::value;
+            Floats part[kVectors];
+            PYFEAT_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+                part[v] = load_unaligned(feature + first + v * kLanes);
             }
-            sums[i] = sum;
+            PYFEAT_UNROLL
+            for (int k = 0; k < kLanes; ++k) {
+                const float* row = group[k] + first;
+                PYFEAT_UNROLL
+                for (int v = 0; v < kVectors; ++v) {
+                    sums[k] = multiply_add(part[v], load_unaligned(row + v * kLanes), sums[k]);
+                }
+            }
+        });
+        store_unaligned(dots + i, sums_of_registers(sums));
+        for (int k = 0; k < kLanes && whole < dim; ++k) {
+            for (std::int64_t d = whole; d < dim; ++d) {
+                dots[i + k] += group[k][d] * feature[d];
+            }
         }
     }
 }
 
-// dots[.] = sum over d of rows[.][d] feature[d]; `partial` has room for 16 for every slot of every
-// corner. The sums over the lanes of a register are taken for as many dots as it has lanes at once,
-// so that each costs three instructions: less than the fewer but longer sums of the value and of
-// its n derivatives.
-template <typename Real>
-void dot_rows(const CornerCounts& counts,
-              const Real* const* rows,
-              const Real* feature,
-              std::int64_t dim,
-              Real* partial,
-              Real* dots) {
-    using L = Lanes<Real>;
-    bool begun = false;
-    const std::int64_t rest = for_blocks<Real>(0, dim, [&](std::int64_t at, auto vectors) {
-        constexpr int kVectors = decltype(vectors)::value;
-        typename L::Vector part[kVectors];
-        PYFEAT_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-            part[v] = L::from(feature + at + v * L::kCount);
+inline void dot_rows(const CornerCounts& counts,
+                     const double* const* rows,
+                     const double* feature,
+                     std::int64_t dim,
+                     double* dots) {
+    for (std::int64_t i = 0; i < counts.corners * counts.slots; ++i) {
+        double sum = 0.0;
+        for (std::int64_t d = 0; d < dim; ++d) {
+            sum += rows[i][d] * feature[d];
         }
-        for (int e = 0; e < counts.corners; ++e) {
-            for (std::int64_t i = e * counts.slots; i < e * counts.slots + counts.points; ++i) {
-                typename L::Vector sum = begun ? L::from(partial + i * L::kCount) : L::zeros();
-                PYFEAT_UNROLL
-                for (int v = 0; v < kVectors; ++v) {
-                    sum = L::multiply_add(part[v], L::from(rows[i] + at + v * L::kCount), sum);
-                }
-                L::to(partial + i * L::kCount, sum);
-            }
-        }
-        begun = true;
-    });
-    for (int e = 0; e < counts.corners; ++e) {
-        const std::int64_t start = e * counts.slots;
-        if (begun) {
-            sum_lanes(partial + start * L::kCount, counts.slots, dots + start);
-        }
-        for (std::int64_t i = start; i < start + counts.points; ++i) {
-            Real sum = begun ? dots[i] : Real{0};
-            for (std::int64_t d = rest; d < dim; ++d) {
-                sum += rows[i][d] * feature[d];
-            }
-            dots[i] = sum;
-        }
+        dots[i] = sum;
     }
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/sampling/points.hpp"
 #include "cpu/sampling/rows.hpp"
@@ -108,6 +109,15 @@ void gather(const pyfeat::PointTable<Real>& table,
     }
 }
 
+// use(axis) for every axis, a constant.
+template <int kDims, int kFirst = 0, typename Use>
+inline void for_axes(Use use) {
+    if constexpr (kFirst < kDims) {
+        use(std::integral_constant<int, kFirst>{});
+        for_axes<kDims, kFirst + 1>(use);
+    }
+}
+
 // Sums over the corners of dots times their shares in the value, or in its derivatives.
 template <typename Real, int kDims, bool kDiscrete, typename... Axes>
 inline Real at_point(const Points<Real, kDims, kDiscrete>& points,
@@ -130,32 +140,37 @@ void write_gradients(const Points<Real, kDims, kDiscrete>& points,
                      const Real* dots,
                      const pyfeat::SampleGradients<Real>& gradients,
                      std::int64_t q,
-                     Real* by_weight) {
+                     Real* by_point) {
     const Real* weights = points.weights();
     const std::int64_t num_points = table.num_points;
     if (gradients.weights.data != nullptr) {
         for_slots(table.num_slots,
-                  [&](std::int64_t t) { by_weight[t] = at_point(points, dots, t); });
+                  [&](std::int64_t t) { by_point[t] = at_point(points, dots, t); });
         Real mean{0};
         for (std::int64_t t = 0; t < num_points && table.softmax; ++t) {
-            mean += weights[t] * by_weight[t];
+            mean += weights[t] * by_point[t];
         }
         Real* to = gradients.weights.row(q);
         for (std::int64_t t = 0; t < num_points; ++t) {
-            to[t] = table.softmax ? weights[t] * (by_weight[t] - mean) : by_weight[t];
+            to[t] = table.softmax ? weights[t] * (by_point[t] - mean) : by_point[t];
         }
     }
     if constexpr (!kDiscrete) {
         if (gradients.locations.data != nullptr) {
-            Real* to = gradients.locations.row(q);
-            for (int j = 0; j < kDims; ++j) {
-                const Real* factors = table.factors[j];
+            for_axes<kDims>([&](auto axis) {
+                const Real* factors = table.factors[axis];
+                Real* to = by_point + axis * table.num_slots;
                 for_slots(table.num_slots, [&](std::int64_t t) {
-                    const Real slope = at_point(points, dots, t, j);
-                    by_weight[t] = points.is_there(t) ? weights[t] * factors[t] * slope : Real{0};
+                    const Real by_u = weights[t] * at_point(points, dots, t, axis);
+                    const Real gradient = factors[t] * by_u;
+                    to[t] = points.is_there(t) ? gradient : Real{0};
                 });
-                for (std::int64_t t = 0; t < num_points; ++t) {
-                    to[t * kDims + j] = by_weight[t];
+            });
+            Real* to = gradients.locations.row(q);
+            PYFEAT_INDEPENDENT
+            for (std::int64_t t = 0; t < num_points; ++t) {
+                for (int j = 0; j < kDims; ++j) {
+                    to[t * kDims + j] = by_point[j * table.num_slots + t];
                 }
             }
         }
@@ -176,8 +191,7 @@ void gradients(const pyfeat::PointTable<Real>& table,
     const Real** rows = corners.template take<const Real*>();
     Real** grad_rows = corners.template take<Real*>();
     Real* dots = corners.template take<Real>();
-    Real* by_weight = scratch.take<Real>(table.num_slots);
-    Real* partial = scratch.take<Real>(table.num_slots * corners.kCorners * 16);
+    Real* by_point = scratch.take<Real>(table.num_slots * kDims);
     const bool by_points = gradients.weights.data != nullptr || gradients.locations.data != nullptr;
     for (std::int64_t q = 0; q < samples.num_queries; ++q) {
         locate(samples, q, points);
@@ -186,8 +200,8 @@ void gradients(const pyfeat::PointTable<Real>& table,
         }
         if (by_points) {
             corners.find_rows(values, rows);
-            dot_rows(corners.counts(), rows, upstream.row(q), dim, partial, dots);
-            write_gradients(points, table, dots, gradients, q, by_weight);
+            dot_rows(corners.counts(), rows, upstream.row(q), dim, dots);
+            write_gradients(points, table, dots, gradients, q, by_point);
         }
         if (gradients.value.data != nullptr) {
             corners.find_rows(gradients.value, grad_rows);
@@ -226,7 +240,6 @@ void second_gradients(const pyfeat::PointTable<Real>& table,
     Real** grad_rows = corners.template take<Real*>();
     Real* dots = corners.template take<Real>();
     Real* by_dots = corners.template take<Real>();
-    Real* partial = scratch.take<Real>(table.num_slots * corners.kCorners * 16);
     const CornerCounts counts = corners.counts();
     const Real* weights = points.weights();
     for (std::int64_t q = 0; q < samples.num_queries; ++q) {
@@ -239,8 +252,8 @@ void second_gradients(const pyfeat::PointTable<Real>& table,
         corners.find_rows(values, rows);
         corners.find_rows(second.by_value, by_rows);
         corners.find_rows(gradients.value, grad_rows);
-        dot_rows(counts, rows, upstream.row(q), dim, partial, dots);
-        dot_rows(counts, by_rows, upstream.row(q), dim, partial, by_dots);
+        dot_rows(counts, rows, upstream.row(q), dim, dots);
+        dot_rows(counts, by_rows, upstream.row(q), dim, by_dots);
         Real* grad_weights = gradients.weights.row(q);
         Real* grad_locations = gradients.locations.row(q);
         for (std::int64_t t = 0; t < table.num_points; ++t) {

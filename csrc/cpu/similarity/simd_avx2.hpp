@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu/similarity/unroll.hpp"
+
 namespace {
 
 using Floats = __m256;
@@ -55,13 +57,11 @@ inline Floats maximum(Floats a, Floats b) {
     return _mm256_max_ps(a, b);
 }
 // Lane i of the result is the sum of the lanes of the i-th of as many registers.
-inline Floats sums_of_registers(const float* registers) {
+PYFEAT_INLINE inline Floats sums_of_registers(const Floats* registers) {
     Floats fours[2];
+    PYFEAT_UNROLL
     for (int i = 0; i < 2; ++i) {
-        Floats r[4];
-        for (int k = 0; k < 4; ++k) {
-            r[k] = load_unaligned(registers + (4 * i + k) * kLanes);
-        }
+        const Floats* r = registers + 4 * i;
         fours[i] = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
     }
     return add(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu/similarity/unroll.hpp"
+
 namespace {
 
 using Floats = __m512;
@@ -55,13 +57,11 @@ inline Floats maximum(Floats a, Floats b) {
     return _mm512_max_ps(a, b);
 }
 // Lane i of the result is the sum of the lanes of the i-th of as many registers.
-inline Floats sums_of_registers(const float* registers) {
+PYFEAT_INLINE inline Floats sums_of_registers(const Floats* registers) {
     Floats fours[4];
+    PYFEAT_UNROLL
     for (int i = 0; i < 4; ++i) {
-        Floats r[4];
-        for (int k = 0; k < 4; ++k) {
-            r[k] = load_unaligned(registers + (4 * i + k) * kLanes);
-        }
+        const Floats* r = registers + 4 * i;
         const Floats low = add(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
         const Floats high = add(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
         // In each quarter of the register, one lane for each of the four.

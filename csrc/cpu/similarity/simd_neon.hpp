@@ -55,11 +55,9 @@ inline Floats maximum(Floats a, Floats b) {
     return vmaxq_f32(a, b);
 }
 // Lane i of the result is the sum of the lanes of the i-th of as many registers.
-inline Floats sums_of_registers(const float* registers) {
-    const Floats low = vpaddq_f32(load_unaligned(registers), load_unaligned(registers + kLanes));
-    const Floats high =
-        vpaddq_f32(load_unaligned(registers + 2 * kLanes), load_unaligned(registers + 3 * kLanes));
-    return vpaddq_f32(low, high);
+inline Floats sums_of_registers(const Floats* registers) {
+    return vpaddq_f32(vpaddq_f32(registers[0], registers[1]),
+                      vpaddq_f32(registers[2], registers[3]));
 }
 inline Floats if_negative(Floats v, Floats a, Floats b) {
     return vbslq_f32(vcltq_f32(v, vdupq_n_f32(0.0F)), a, b);

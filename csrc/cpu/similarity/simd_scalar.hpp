@@ -52,7 +52,7 @@ inline Floats divide(Floats a, Floats b) {
 inline Floats maximum(Floats a, Floats b) {
     return a > b ? a : b;
 }
-inline Floats sums_of_registers(const float* registers) {
+inline Floats sums_of_registers(const Floats* registers) {
     return *registers;
 }
 inline Floats if_negative(Floats v, Floats a, Floats b) {
