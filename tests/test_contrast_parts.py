@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from pyfeat import _C, reference
@@ -315,3 +316,47 @@ def test_the_ops_pass_the_checks_of_torch() -> None:
             False,
         ),
     )
+
+
+# Memory that calls share
+
+
+def gradients_of(dim: int, count: int = 130) -> tuple[Tensor, ...]:
+    """Of features of width 64, and zeros up to ``dim``, with the gradients of a sum."""
+    random = torch.Generator().manual_seed(count)
+    a, b = (torch.randn(count, 64, generator=random) for _ in range(2))
+    leaves = [F.pad(x, (0, dim - 64)).requires_grad_() for x in (a, b)]
+    scale, bias = torch.tensor(0.1), torch.tensor(-1.0)
+    sums = pair_sums(leaves[0], leaves[1], scale, Pairs())
+    total = sums.row_lse.sum() + sums.column_lse.sum()
+    total = total + pair_softplus(leaves[0], leaves[1], scale, bias, Pairs()).sum()
+    return tuple(x[:, :64] for x in torch.autograd.grad(total, leaves))
+
+
+def test_gradients_are_the_same_whether_or_not_their_rows_fill_panels() -> None:
+    # Those of whole panels are summed where they are returned, others in memory of their own.
+    for filled, other in zip(gradients_of(64), gradients_of(65), strict=True):
+        assert torch.equal(filled, other)
+
+
+def test_memory_of_earlier_calls_does_not_show() -> None:
+    counts = (130, 700, 129, 40, 131)
+    first = [gradients_of(65, count) for count in counts]
+    for count, expected in zip(reversed(counts), reversed(first), strict=True):
+        for mine, before in zip(gradients_of(65, count), expected, strict=True):
+            assert torch.equal(mine, before)
+
+
+def test_a_scale_without_a_gradient_changes_no_other() -> None:
+    a, b = torch.randn(40, 8), torch.randn(50, 8)
+    found = []
+    for learnable in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (a, b)]
+        scale = torch.tensor(0.7, requires_grad=learnable)
+        pair_sums(leaves[0], leaves[1], scale, Pairs()).row_lse.sum().backward()
+        assert (scale.grad is not None) == learnable
+        found.append([x.grad for x in leaves])
+    for mine, other in zip(*found, strict=True):
+        assert mine is not None
+        assert other is not None
+        assert torch.equal(mine, other)
