@@ -10,19 +10,26 @@ import pytest
 from pyfeat import _C
 
 ROOT = Path(__file__).parents[1]
-SOURCES = (ROOT / "tests/native/check_kernels.cpp", ROOT / "csrc/cpu/similarity/kernels.cpp")
+# The check of an engine, and its kernels.
+SIMILARITY = (ROOT / "tests/native/check_kernels.cpp", ROOT / "csrc/cpu/similarity/kernels.cpp")
+SAMPLING = (ROOT / "tests/native/check_sampling.cpp", ROOT / "csrc/cpu/sampling/kernels.cpp")
 FLAGS = "-O3 -std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror"
 ARM = "aarch64-linux-gnu-g++"
 DOT = ["-march=armv8.2-a+dotprod"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("isa", "flags"), [("neon", []), ("neon_dot", DOT)])
-def test_arm_kernels_are_right_under_emulation(isa: str, flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sources", "isa", "flags"),
+    [(SIMILARITY, "neon", []), (SIMILARITY, "neon_dot", DOT), (SAMPLING, "neon", [])],
+)
+def test_arm_kernels_are_right_under_emulation(
+    sources: tuple[Path, Path], isa: str, flags: list[str], tmp_path: Path
+) -> None:
     for tool in (ARM, "qemu-aarch64"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
-    program = build(ARM, isa, [*flags, "-static"], tmp_path)
+    program = build(ARM, isa, [*flags, "-static"], tmp_path, sources)
     run(["qemu-aarch64", "-cpu", "max", str(program)])
 
 
@@ -46,10 +53,16 @@ def test_kernels_of_this_machine_are_right_on_their_own(isa: str, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa in ("avx2", "avx512")])
+def test_sampling_kernels_of_this_machine_are_right_on_their_own(isa: str, tmp_path: Path) -> None:
+    run([str(build("c++", isa, x86_flags(isa), tmp_path, SAMPLING))])
+
+
+@pytest.mark.slow
 def test_matrix_units_add_up_as_their_manual_says(tmp_path: Path) -> None:
     if "avx512_bf16" not in _C.isas():
         pytest.skip("this processor has no AVX-512 BF16")
-    emulation = ["-DPYFEAT_EMULATED_AMX", f"-I{SOURCES[0].parent}"]
+    emulation = ["-DPYFEAT_EMULATED_AMX", f"-I{SIMILARITY[0].parent}"]
     emulated = run([str(build("c++", "amx", [*x86_flags("amx"), *emulation], tmp_path))])
     if "amx" in _C.isas():
         assert run([str(build("c++", "amx", x86_flags("amx"), tmp_path))]) == emulated
@@ -66,15 +79,21 @@ def x86_flags(isa: str) -> list[str]:
     return flags
 
 
-def build(compiler: str, isa: str, flags: list[str], folder: Path) -> Path:
+def build(
+    compiler: str,
+    isa: str,
+    flags: list[str],
+    folder: Path,
+    sources: tuple[Path, Path] = SIMILARITY,
+) -> Path:
     """The check of one instruction set, linked with its kernels and the scalar ones."""
     program = folder / f"check_{isa}"
     common = [compiler, *FLAGS.split(), f"-I{ROOT / 'csrc'}"]
     objects = []
     for name, source, own in (
-        ("check", SOURCES[0], [f"-DPYFEAT_CHECKED={isa}"]),
-        ("scalar", SOURCES[1], ["-DPYFEAT_ISA_SCALAR"]),
-        ("kernels", SOURCES[1], [f"-DPYFEAT_ISA_{isa.upper()}", *flags]),
+        ("check", sources[0], [f"-DPYFEAT_CHECKED={isa}"]),
+        ("scalar", sources[1], ["-DPYFEAT_ISA_SCALAR"]),
+        ("kernels", sources[1], [f"-DPYFEAT_ISA_{isa.upper()}", *flags]),
     ):
         objects.append(str(folder / f"{name}.o"))
         run([*common, *own, "-c", str(source), "-o", objects[-1]])
