@@ -9,6 +9,7 @@
 #include "cpu/similarity/contrast.hpp"
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/log_sum_exp.hpp"
+#include "cpu/similarity/products.hpp"
 #include "cpu/similarity/softplus.hpp"
 
 namespace pyfeat {
@@ -39,10 +40,10 @@ KeptTiles to_kept(const Kept& kept) {
     return {to_pointer<float>(kept.first), kept.second};
 }
 
-// Rows and columns of float32 tiles.
-std::pair<int, int> bind_tile_shape(const std::string& isa_name) {
-    const TileKernels& tiles = kernels_for(resolve_isa(isa_name)).tile_kernels(Precision::kFloat32);
-    return {tiles.queries, tiles.rows};
+// Rows and columns of the tiles that features of this dtype are multiplied in.
+std::pair<int, int> bind_tile_shape(Dtype dtype, const std::string& isa_name) {
+    const ContrastEngine engine(resolve_isa(isa_name), {dtype});
+    return {engine.tiles.queries, engine.tiles.rows};
 }
 
 void bind_log_sum_exp(const Matrix& a,
@@ -199,7 +200,7 @@ void bind_contrast(py::module_& m) {
           py::arg("products"),
           py::arg("num_threads"),
           py::arg("isa") = "");
-    m.def("tile_shape", &bind_tile_shape, py::arg("isa") = "");
+    m.def("tile_shape", &bind_tile_shape, py::arg("dtype"), py::arg("isa") = "");
 }
 
 }  // namespace pyfeat

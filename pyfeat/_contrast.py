@@ -183,7 +183,7 @@ def _forward_fake(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple
     *_, columns, largest, itself, kept_bytes = arguments
     num_rows, num_columns = a.shape[0], b.shape[0] if columns and not itself else 0
     sizes = (num_rows, num_columns, num_rows, num_columns, num_rows if largest else 0)
-    size = kept_panels(num_rows, b.shape[0], kept_bytes)[1]
+    size = kept_panels(num_rows, b.shape[0], a.dtype, kept_bytes)[1]
     sums = [a.new_empty(size, dtype=torch.float64) for size in sizes]
     return (*sums, a.new_empty(size, dtype=torch.float32))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyfeat import _C, _contrast_blocks
-from pyfeat._checks import as_matrix, with_contiguous_rows
+from pyfeat._checks import as_matrix, dtype_name, with_contiguous_rows
 from pyfeat._pairs import Pairs, WeightedSide
 
 
@@ -30,9 +30,11 @@ class KeptPairs:
         )
 
 
-def kept_panels(num_rows: int, num_columns: int, num_bytes: int) -> tuple[int, int]:
+def kept_panels(
+    num_rows: int, num_columns: int, dtype: torch.dtype, num_bytes: int
+) -> tuple[int, int]:
     """How many row panels of tiles fit, and the floats they have."""
-    height, width = _C.tile_shape()
+    height, width = _C.tile_shape(getattr(_C.Dtype, dtype_name(dtype)))
     panel = height * width * -(-num_columns // width)
     panels = min(-(-num_rows // height), num_bytes // (4 * panel)) if panel else 0
     return panels, panels * panel
@@ -46,7 +48,7 @@ def forward(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tenso
     kept_pairs = KeptPairs(Pairs(*pairs))
     a, b = with_contiguous_rows(a), with_contiguous_rows(b)
     num_rows, num_columns = a.shape[0], 0 if itself else b.shape[0]
-    panels, size = kept_panels(num_rows, b.shape[0], kept_bytes)
+    panels, size = kept_panels(num_rows, b.shape[0], a.dtype, kept_bytes)
     kept = torch.empty(size, dtype=torch.float32)
     row_lse = torch.empty(num_rows, dtype=torch.float64)
     column_lse = torch.empty(num_columns, dtype=torch.float64)
@@ -93,7 +95,8 @@ def _products(
     a_values, b_values = (with_contiguous_rows(x) for x in values)
     by_a = torch.empty((len(a) if needs[0] else 0, b_values.shape[1]), dtype=torch.float32)
     by_b = torch.empty((len(b) if needs[1] else 0, a_values.shape[1]), dtype=torch.float32)
-    panels = kept_panels(len(a), len(b), 0 if kept is None else 4 * len(kept))[0]
+    kept_bytes = 0 if kept is None else 4 * len(kept)
+    panels, _ = kept_panels(len(a), len(b), a.dtype, kept_bytes)
     row_side = (row_lse.data_ptr(), row_weights.data_ptr(), row_positives.data_ptr())
     column_side = (column_lse.data_ptr(), column_weights.data_ptr(), column_positives.data_ptr())
     _C.contrast_gradient_cpu(

@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from pyfeat import _C, reference
-from pyfeat._checks import as_matrix
+from pyfeat._checks import as_matrix, dtype_name
 from pyfeat._contrast import (
     Pairs,
     WeightedSide,
@@ -117,7 +117,7 @@ def test_gradients_have_the_same_bits_from_tiles_that_were_kept(
     num_bytes: int, itself: bool
 ) -> None:
     a, b = torch.randn(301, 40), torch.randn(450, 40)
-    panels, _ = kept_panels(301, 301 if itself else 450, num_bytes)
+    panels, _ = kept_panels(301, 301 if itself else 450, torch.float32, num_bytes)
     assert (panels == 0) == (num_bytes == 0)
     before, gradients = memory_budget(), []
     try:
@@ -136,12 +136,13 @@ def test_gradients_have_the_same_bits_from_tiles_that_were_kept(
         assert ours is None or torch.equal(ours, theirs)
 
 
-def test_nothing_is_kept_beyond_the_budget() -> None:
-    height, width = _C.tile_shape()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_kept_beyond_the_budget(dtype: torch.dtype) -> None:
+    height, width = _C.tile_shape(getattr(_C.Dtype, dtype_name(dtype)))
     panel = 4 * height * width * -(-1000 // width)
-    assert kept_panels(1000, 1000, 3 * panel - 1)[0] == 2
-    assert kept_panels(0, 1000, 1 << 30) == (0, 0)
-    assert kept_panels(1000, 0, 1 << 30) == (0, 0)
+    assert kept_panels(1000, 1000, dtype, 3 * panel - 1)[0] == 2
+    assert kept_panels(0, 1000, dtype, 1 << 30) == (0, 0)
+    assert kept_panels(1000, 0, dtype, 1 << 30) == (0, 0)
     with pytest.raises(ValueError, match="set_memory_budget: num_bytes must be at least 0, got -1"):
         set_memory_budget(-1)
 

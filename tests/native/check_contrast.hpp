@@ -97,12 +97,15 @@ void check_schedule(std::int64_t num_rows, std::int64_t num_columns, bool itself
     }
 }
 
-// Products of dS with features: all rows of the tile but the last are written. Where dS is rounded
+// Products of features with the last rows and columns of a block of dS, two tiles high and two
+// tiles wide but for one column: all rows of the sums but the last are written. Where dS is rounded
 // to pairs, what is expected is rounded too.
 void check_products(const ContrastKernels& contrast, std::mt19937& random) {
     const TileKernels& tiles = checked.tile_kernels(contrast.precision);
-    const int height = contrast.product_rows, num_columns = tiles.rows;
-    const int count = tiles.queries, num_words = count / contrast.packed_values;
+    const std::int64_t height = contrast.product_rows, width = tiles.rows;
+    const std::int64_t num_rows = 2 * tiles.queries, num_columns = 2 * tiles.rows;
+    const std::int64_t row = num_rows - height, column = num_columns / height * height - height;
+    const std::int64_t num_features = std::max(num_rows, num_columns);
     std::normal_distribution<float> normal;
     const auto rounded = [&](float value) {
         std::uint32_t bits;
@@ -112,21 +115,20 @@ void check_products(const ContrastKernels& contrast, std::mt19937& random) {
         std::memcpy(&value, &bits, sizeof(bits));
         return value;
     };
-    // Columns and rows of dS are both multiplied with as many rows of features.
-    AlignedFloats gradient(tiles.queries * kGradientStride), panel(num_words * num_columns);
-    AlignedFloats column_pairs(tiles.queries * kGradientStride);
-    AlignedFloats row_pairs(tiles.queries * kGradientStride);
-    AlignedFloats sums(height * num_columns), transposed(height * num_columns);
-    std::vector<float> features(static_cast<std::size_t>(count * num_columns));
-    for (int i = 0; i < tiles.queries * kGradientStride; ++i) {
-        gradient.data()[i] = normal(random);
+    AlignedFloats block(kGradientRows * kGradientStride);
+    AlignedFloats column_pairs(kGradientRows * kGradientStride);
+    AlignedFloats row_pairs(kGradientRows * kGradientStride / 2);
+    for (std::int64_t i = 0; i < num_rows * kGradientStride; ++i) {
+        block.data()[i] = i % kGradientStride < num_columns - 1 ? normal(random) : 0.0F;
     }
-    for (int w = 0; w < count; ++w) {
-        for (int d = 0; d < num_columns; ++d) {
+    AlignedFloats panel(num_features * width), sums(height * width), transposed(height * width);
+    std::vector<float> features(static_cast<std::size_t>(num_features * width));
+    for (std::int64_t w = 0; w < num_features; ++w) {
+        for (std::int64_t d = 0; d < width; ++d) {
             const float feature = rounded(normal(random));
-            features[static_cast<std::size_t>(w * num_columns + d)] = feature;
-            float* word = panel.data() + w / contrast.packed_values * num_columns + d;
-            if (contrast.packed_values == 1) {
+            features[static_cast<std::size_t>(w * width + d)] = feature;
+            float* word = panel.data() + w / tiles.packed_values * width + d;
+            if (tiles.packed_values == 1) {
                 *word = feature;
             } else {
                 // Little-endian: the upper half of a float is its bfloat16.
@@ -137,29 +139,54 @@ void check_products(const ContrastKernels& contrast, std::mt19937& random) {
         }
     }
     for (AlignedFloats* values : {&sums, &transposed}) {
-        std::fill_n(values->data(), height * num_columns, 1.0F);
+        std::fill_n(values->data(), height * width, 1.0F);
     }
-    const float* by_columns = gradient.data();
-    const float* by_rows = gradient.data();
+    const float* by_columns = block.data();
+    const float* by_rows = block.data();
     if (contrast.round != nullptr) {
-        contrast.round(gradient.data(), num_columns, column_pairs.data(), row_pairs.data());
+        for (std::int64_t r = 0; r < num_rows; r += tiles.queries) {
+            contrast.round(block.data() + r * kGradientStride,
+                           r,
+                           num_columns - 1,
+                           column_pairs.data(),
+                           row_pairs.data());
+        }
         by_columns = column_pairs.data();
         by_rows = row_pairs.data();
     }
-    contrast.multiply(num_words, by_columns, panel.data(), sums.data(), num_columns, height - 1);
-    contrast.multiply_transposed(
-        num_words, by_rows, panel.data(), transposed.data(), num_columns, height - 1);
-    for (int r = 0; r < height; ++r) {
-        for (int d = 0; d < num_columns; ++d) {
+    {
+        const TileUse use(tiles);
+        const int written = static_cast<int>(height) - 1;
+        contrast.multiply(tiles.words(num_columns - 1),
+                          by_columns,
+                          row,
+                          panel.data(),
+                          sums.data(),
+                          width,
+                          written);
+        contrast.multiply_transposed(tiles.words(num_rows),
+                                     by_rows,
+                                     column,
+                                     panel.data(),
+                                     transposed.data(),
+                                     width,
+                                     written);
+    }
+    for (std::int64_t r = 0; r < height; ++r) {
+        for (std::int64_t d = 0; d < width; ++d) {
             double plain = 1.0, turned = 1.0;
-            for (int w = 0; w < count && r < height - 1; ++w) {
-                const double value = features[static_cast<std::size_t>(w * num_columns + d)];
-                plain += rounded(gradient.data()[r * kGradientStride + w]) * value;
-                turned += rounded(gradient.data()[w * kGradientStride + r]) * value;
+            const auto feature = [&](std::int64_t w) {
+                return static_cast<double>(features[static_cast<std::size_t>(w * width + d)]);
+            };
+            for (std::int64_t w = 0; w < num_columns && r < height - 1; ++w) {
+                plain += rounded(block.data()[(row + r) * kGradientStride + w]) * feature(w);
             }
-            const int at = r * num_columns + d;
-            expect(std::abs(sums.data()[at] - plain) <= 2e-5, "product with features", 0, d);
-            expect(std::abs(transposed.data()[at] - turned) <= 2e-5, "its transpose", 0, d);
+            for (std::int64_t w = 0; w < num_rows && r < height - 1; ++w) {
+                turned += rounded(block.data()[w * kGradientStride + column + r]) * feature(w);
+            }
+            const std::int64_t at = r * width + d;
+            expect(std::abs(sums.data()[at] - plain) <= 3e-5, "product with features", 0, d);
+            expect(std::abs(transposed.data()[at] - turned) <= 3e-5, "its transpose", 0, d);
         }
     }
 }

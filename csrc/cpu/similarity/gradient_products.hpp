@@ -40,13 +40,9 @@ struct FeaturePanels {
     int width = 0, packed_values = 1;
     AlignedFloats values;  // [num_panels, num_words, width]
 
-    // From this row on, the first of a word.
+    // From this row on, the first of a panel of S.
     const float* panel(std::int64_t index, std::int64_t row) const {
         return values.data() + (index * num_words + row / packed_values) * width;
-    }
-    // Words of so many rows.
-    std::int64_t words(std::int64_t num_rows) const {
-        return (num_rows + packed_values - 1) / packed_values;
     }
 };
 
@@ -67,9 +63,9 @@ inline void pack_features(const Rows& rows,
                           FeaturePanels& packed) {
     constexpr std::int64_t kPerTask = 64;  // words
     packed.width = engine.tiles.rows;
-    packed.packed_values = engine.contrast.packed_values;
+    packed.packed_values = engine.tiles.packed_values;
     packed.dim = rows.dim;
-    packed.num_words = packed.words(rows.num_rows);
+    packed.num_words = engine.tiles.words(rows.num_rows);
     packed.num_panels = (rows.dim + packed.width - 1) / packed.width;
     packed.values.reserve(packed.num_panels * packed.num_words * packed.width);
     const RowKernels& row_kernels = engine.kernels.row_kernels(rows.dtype);
@@ -82,15 +78,20 @@ inline void pack_features(const Rows& rows,
                     const std::int64_t d = p * packed.width;
                     const std::int64_t dim = std::min<std::int64_t>(packed.width, rows.dim - d);
                     float* to = packed.values.data() + (p * packed.num_words + word) * packed.width;
-                    row_kernels.load_floats(rows.row(row, d), 1.0, dim, 1, to);
-                    std::fill(to + dim, to + packed.width, 0.0F);
+                    // Rows that fill up a word, or the last words, are zeros.
+                    const auto load = [&](std::int64_t index, float* values) {
+                        const bool there = index < rows.num_rows;
+                        if (there) {
+                            row_kernels.load_floats(rows.row(index, d), 1.0, dim, 1, values);
+                        }
+                        std::fill(values + (there ? dim : 0), values + packed.width, 0.0F);
+                    };
+                    load(row, to);
                     if (packed.packed_values == 1) {
                         continue;
                     }
-                    float next[kMaxTileRows] = {};
-                    if (row + 1 < rows.num_rows) {
-                        row_kernels.load_floats(rows.row(row + 1, d), 1.0, dim, 1, next);
-                    }
+                    float next[kMaxTileRows];
+                    load(row + 1, next);
                     std::transform(to, to + packed.width, next, to, pair_of);
                 }
             }
@@ -185,9 +186,9 @@ struct PackedFactors {
 struct GradientBlock {
     // [kGradientRows, kGradientStride], or the rows of one tile before they are rounded.
     AlignedFloats values;
-    AlignedFloats column_pairs, row_pairs;  // words of pairs, in rows of kGradientStride
-    const float* by_columns = nullptr;      // what dS is multiplied from
-    const float* by_rows = nullptr;         // and its transpose
+    AlignedFloats column_pairs, row_pairs;
+    const float* by_columns = nullptr;  // what dS is multiplied from
+    const float* by_rows = nullptr;     // and its transpose
 
     void start(bool rounds) {
         values.reserve((rounds ? kMaxTileQueries : kGradientRows) * kGradientStride);
@@ -281,6 +282,7 @@ class GradientProducts {
                    PanelRange columns,
                    const PartPair& pair,
                    GradientBlock& block) {
+        const TileUse use(tiles_);
         fill_block(rows, columns, block);
         if (products_.a != nullptr) {
             multiply(rows, columns, block);
@@ -296,8 +298,9 @@ class GradientProducts {
         const std::int64_t height = contrast_.product_rows;
         for (std::int64_t p = 0; p < b_values_.num_panels; ++p) {
             for (std::int64_t r = rows.first; r < rows.end; r += height) {
-                contrast_.multiply(b_values_.words(columns.end - columns.first),
-                                   block.by_columns + (r - rows.first) * kGradientStride,
+                contrast_.multiply(tiles_.words(columns.end - columns.first),
+                                   block.by_columns,
+                                   r - rows.first,
                                    b_values_.panel(p, columns.first),
                                    a_sums_.row(r) + p * b_values_.width,
                                    a_sums_.stride(),
@@ -314,8 +317,9 @@ class GradientProducts {
         const std::int64_t height = contrast_.product_rows;
         for (std::int64_t p = 0; p < values.num_panels; ++p) {
             for (std::int64_t c = columns.first; c < columns.end; c += height) {
-                contrast_.multiply_transposed(values.words(rows.end - rows.first),
-                                              block.by_rows + (c - columns.first),
+                contrast_.multiply_transposed(tiles_.words(rows.end - rows.first),
+                                              block.by_rows,
+                                              c - columns.first,
                                               values.panel(p, rows.first),
                                               sums.row(c) + p * values.width,
                                               sums.stride(),
@@ -327,10 +331,10 @@ class GradientProducts {
     void fill_block(PanelRange rows, PanelRange columns, GradientBlock& block) {
         alignas(64) float computed[kMaxTileQueries * kMaxTileRows];
         const std::int64_t num_b_panels = (num_columns_ + tiles_.rows - 1) / tiles_.rows;
-        const TileUse use(tiles_);
         for (std::int64_t row = rows.first; row < rows.end; row += tiles_.queries) {
-            const std::int64_t i = row / tiles_.queries, at = (row - rows.first) * kGradientStride;
-            float* values = block.values.data() + (contrast_.round == nullptr ? at : 0);
+            const std::int64_t i = row / tiles_.queries, from = row - rows.first;
+            float* values =
+                block.values.data() + (contrast_.round == nullptr ? from * kGradientStride : 0);
             typename Epilogue::Strip strip(epilogue_, row);
             for (std::int64_t column = columns.first; column < columns.end; column += tiles_.rows) {
                 const std::int64_t j = column / tiles_.rows;
@@ -351,10 +355,8 @@ class GradientProducts {
             if (contrast_.round != nullptr) {
                 const std::int64_t num_columns = columns.end - columns.first;
                 clear_missing(rows.end - row, num_columns, values);
-                contrast_.round(values,
-                                num_columns,
-                                block.column_pairs.data() + at,
-                                block.row_pairs.data() + at / 2);
+                contrast_.round(
+                    values, from, num_columns, block.column_pairs.data(), block.row_pairs.data());
             }
         }
     }

@@ -6,6 +6,9 @@
 #include "cpu/similarity/exponential.hpp"
 #include "cpu/similarity/tile_bf16.hpp"
 #include "cpu/similarity/tile_contrast.hpp"
+#if defined(PYFEAT_ISA_AVX512_BF16)
+#include "cpu/similarity/tile_contrast_bf16.hpp"
+#endif
 #include "cpu/similarity/tile_float32.hpp"
 #include "cpu/similarity/tile_int8.hpp"
 #if defined(PYFEAT_ISA_AMX)
@@ -32,7 +35,7 @@ const Kernels kernels{
 #endif
     power_kernels(),
     float32_contrast(),
-#if defined(PYFEAT_ISA_AVX512_BF16) && !defined(PYFEAT_ISA_AMX)
+#if defined(PYFEAT_ISA_AVX512_BF16)
     bf16_contrast(),
 #else
     float32_contrast(),

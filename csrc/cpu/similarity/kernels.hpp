@@ -229,13 +229,12 @@ constexpr std::int64_t kGradientColumns = 480;  // a multiple of every NR
 // From one row to the next; not a multiple of 2 KB, which would fill few sets of the cache.
 constexpr std::int64_t kGradientStride = kGradientColumns + 16;
 
-// What losses do with tiles of one precision. dS is multiplied with features in float32, or both
-// in bfloat16 with float32 sums: then a 4-byte word holds a pair of values, of dS two columns or,
-// for the transpose, two rows, of the features two rows.
+// What losses do with tiles of one precision. dS is multiplied with features in that precision too,
+// with float32 sums. In bfloat16 a 4-byte word holds a pair of values: of dS two columns or, for
+// the transpose, two rows; of the features two rows.
 struct ContrastKernels {
-    Precision precision;  // of the tiles
-    int packed_values;    // of dS, and of features that it is multiplied with, in one word
-    int product_rows;     // of the sums that a product adds to
+    Precision precision;
+    int product_rows;  // of the sums that a product adds to
 
     // products *= factor, [MR, NR]; null where A takes the scale in.
     void (*scale)(float* products, float factor);
@@ -265,25 +264,30 @@ struct ContrastKernels {
                      const SoftplusSums& sums,
                      float* gradient);
 
-    // Rounds the gradient of one tile high, MR rows of stride kGradientStride, to pairs of columns,
-    // MR rows of words, and to pairs of rows, MR / 2 rows of words, all of that stride. Null where
-    // products take the gradient as it is.
+    // Rounds MR rows of a block of dS, those from `row` on, which have the stride kGradientStride.
+    // Pairs of columns and pairs of rows go to where the products with the block look for them: up
+    // to kGradientRows * kGradientStride words, and half as many. Null where products take the
+    // block as it is.
     void (*round)(const float* gradient,
+                  std::int64_t row,
                   std::int64_t num_columns,
                   float* column_pairs,
                   float* row_pairs);
 
-    // sums[r, d] += gradient[r, w] panel[w, d] over `count` words w, for product_rows r and NR d;
-    // sums[r, d] += gradient[w, r] panel[w, d] for the transpose. Rows of sums are `stride` apart
-    // and on 64-byte boundaries; only the first `rows` are written.
-    void (*multiply)(std::int64_t count,
+    // sums[r, d] += gradient[row + r, w] panel[w, d] over `words` w, for product_rows r and NR d;
+    // sums[r, d] += gradient[w, column + r] panel[w, d] for the transpose. Row and column are
+    // multiples of product_rows. Rows of sums are `stride` apart and on 64-byte boundaries; only
+    // the first `rows` are written.
+    void (*multiply)(std::int64_t words,
                      const float* gradient,
+                     std::int64_t row,
                      const float* panel,
                      float* sums,
                      std::int64_t stride,
                      int rows);
-    void (*multiply_transposed)(std::int64_t count,
+    void (*multiply_transposed)(std::int64_t words,
                                 const float* gradient,
+                                std::int64_t column,
                                 const float* panel,
                                 float* sums,
                                 std::int64_t stride,
@@ -295,7 +299,7 @@ struct Kernels {
     TileKernels tiles[kNumPrecisions];  // by Precision
     PowerKernels powers;
     ContrastKernels contrast;
-    ContrastKernels bf16_contrast;  // of bfloat16 features; float32 where that is as fast
+    ContrastKernels bf16_contrast;  // of bfloat16 features: float32 without instructions for them
     // Fastest last.
     Precision order[kNumPrecisions];
 

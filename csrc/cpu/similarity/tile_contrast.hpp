@@ -5,7 +5,6 @@
 #include "cpu/similarity/exponential.hpp"
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/tile.hpp"
-#include "cpu/similarity/tile_bf16.hpp"
 #include "cpu/similarity/tile_float32.hpp"
 
 namespace {
@@ -217,10 +216,11 @@ void softplus_tile(const float* products,
     }
 }
 
-// sums[r, d] += gradient[r * kRowStride + w * kWordStride] panel[w, d], words of Product.
+// sums[r, d] += gradient[(first + r) * kRowStride + w * kWordStride] panel[w, d], words of Product.
 template <typename Product, std::int64_t kRowStride, std::int64_t kWordStride>
-PYFEAT_NOINLINE void multiply_gradient(std::int64_t count,
+PYFEAT_NOINLINE void multiply_gradient(std::int64_t words,
                                        const float* gradient,
+                                       std::int64_t first,
                                        const float* panel,
                                        float* sums,
                                        std::int64_t stride,
@@ -240,7 +240,8 @@ PYFEAT_NOINLINE void multiply_gradient(std::int64_t count,
             sum[r][v] = zero();
         }
     }
-    for (std::int64_t w = 0; w < count; ++w) {
+    gradient += first * kRowStride;
+    for (std::int64_t w = 0; w < words; ++w) {
         typename Product::Words values[kTileVectors];
         for (int at = 0; at < kTileRows; at += 16) {
             PYFEAT_PREFETCH(panel + kWordsAhead * kTileRows + at);
@@ -274,7 +275,6 @@ PYFEAT_NOINLINE void multiply_gradient(std::int64_t count,
 
 constexpr pyfeat::ContrastKernels float32_contrast() {
     return {pyfeat::Precision::kFloat32,
-            1,
             kTileQueries,
             nullptr,
             add_powers<kTileQueries>,
@@ -285,62 +285,5 @@ constexpr pyfeat::ContrastKernels float32_contrast() {
             multiply_gradient<Float32Product, pyfeat::kGradientStride, 1>,
             multiply_gradient<Float32Product, 1, pyfeat::kGradientStride>};
 }
-
-#if defined(PYFEAT_ISA_AVX512_BF16)
-void scale_tile(float* products, float factor) {
-    const Floats by = broadcast(factor);
-    for (int i = 0; i < kTileQueries * kTileRows; i += kLanes) {
-        store(products + i, multiply(load(products + i), by));
-    }
-}
-
-// Two registers as bfloat16, to nearest: the first in the low half of the pairs' register.
-inline Ints round_pairs(Floats first, Floats second) {
-    return reinterpret_cast<Ints>(_mm512_cvtne2ps_pbh(second, first));
-}
-
-// Words of 16 columns: `low` in their low halves, `high` in the high ones.
-inline Ints interleave(__m256i low, __m256i high) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
-
-void round_gradient(const float* gradient,
-                    std::int64_t num_columns,
-                    float* column_pairs,
-                    float* row_pairs) {
-    static_assert(kTileQueries % 2 == 0 && kTileRows == 2 * kLanes);
-    for (int r = 0; r < kTileQueries; r += 2) {
-        for (std::int64_t c = 0; c < num_columns; c += kTileRows) {
-            Ints rows[2];
-            for (int i = 0; i < 2; ++i) {
-                const float* at = gradient + (r + i) * pyfeat::kGradientStride + c;
-                rows[i] = round_pairs(load(at), load(at + kLanes));
-                store_ints(column_pairs + (r + i) * pyfeat::kGradientStride + c / 2, rows[i]);
-            }
-            float* to = row_pairs + r / 2 * pyfeat::kGradientStride + c;
-            store_ints(
-                to, interleave(_mm512_castsi512_si256(rows[0]), _mm512_castsi512_si256(rows[1])));
-            store_ints(to + kLanes,
-                       interleave(_mm512_extracti64x4_epi64(rows[0], 1),
-                                  _mm512_extracti64x4_epi64(rows[1], 1)));
-        }
-    }
-}
-
-constexpr pyfeat::ContrastKernels bf16_contrast() {
-    return {pyfeat::Precision::kBfloat16,
-            2,
-            kTileQueries,
-            scale_tile,
-            add_powers<kTileQueries>,
-            adjust_tile<kTileQueries>,
-            gradient_tile<kTileQueries>,
-            softplus_tile<kTileQueries>,
-            round_gradient,
-            multiply_gradient<Bfloat16Product, pyfeat::kGradientStride, 1>,
-            multiply_gradient<Bfloat16Product, 1, pyfeat::kGradientStride>};
-}
-#endif
 
 }  // namespace
