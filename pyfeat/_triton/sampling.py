@@ -127,7 +127,7 @@ def _sampled_sums_kernel(
         )
         z, y, x, count = level_sizes(level, N)
         for _ in range(count):
-            iz, iy, ix, tz, ty, tx, _, _, _, counted = place_of_point(
+            iz, iy, ix, tz, ty, tx, _sz, _sy, _sx, counted = place_of_point(
                 location_at,
                 live,
                 z,

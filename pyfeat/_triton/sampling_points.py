@@ -73,7 +73,7 @@ def queries_of_block(
         level = packed_level(
             index, level_0, level_1, level_2, level_3, level_4, level_5, level_6, level_7
         )
-        z, y, x, _ = level_sizes(level, N)
+        z, y, x, _count = level_sizes(level, N)
         end = first_block + tl.cdiv(z, TILE_Z) * tl.cdiv(y, TILE_Y) * tl.cdiv(x, TILE_X)
         here = (block >= first_block) & (block < end)
         at = tl.where(here, block - first_block, at)

@@ -157,7 +157,7 @@ def _corner_terms_kernel(
         )
         z, y, x, count = level_sizes(level, N)
         for _ in range(count):
-            iz, iy, ix, tz, ty, tx, _, _, _, counted = place_of_point(
+            iz, iy, ix, tz, ty, tx, _sz, _sy, _sx, counted = place_of_point(
                 locations + point * N,
                 live,
                 z,
