@@ -157,7 +157,7 @@ def grid_sample(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     """As transformers does it, for any number of dimensions."""
     batch, _, heads, dim = value.shape
     queries, ndim = locations.shape[1], locations.shape[-1]
-    cells = value.split([math.prod(shape) for shape in shapes], dim=1)
+    cells = torch.split(value, [math.prod(shape) for shape in shapes], dim=1)
     grids = 2 * locations - 1
     sampled = []
     for level, shape in enumerate(shapes):
