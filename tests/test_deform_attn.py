@@ -20,11 +20,14 @@ from tests.support_attention import (
     assert_close_enough,
     attend,
     attend_exactly,
+    gradients_of,
     make_inputs,
     with_gradients,
 )
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+# Which of value, locations and weights have a gradient.
+SUBSETS = [wanted for wanted in itertools.product([False, True], repeat=3) if any(wanted)]
 LINEAR = [mode for mode in MODES if mode.sampling == "linear"]
 
 
@@ -228,9 +231,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(
 
 
 @pytest.mark.parametrize("mode", [MODES[1], MODES[2], MODES[4]], ids=str)
-@pytest.mark.parametrize(
-    "wanted", [w for w in itertools.product([False, True], repeat=3) if any(w)], ids=str
-)
+@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
 def test_a_gradient_does_not_depend_on_which_others_are_wanted(
     wanted: tuple[bool, ...], mode: Mode
 ) -> None:
@@ -320,6 +321,29 @@ def test_second_derivatives_are_those_of_the_reference(
     ):
         assert mine.dtype == plain.dtype
         assert_close_enough(name, mine, plain, exact)
+
+
+@pytest.mark.parametrize("mode", [LINEAR[1], LINEAR[3]], ids=str)
+@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
+def test_second_derivatives_do_not_depend_on_which_gradients_are_wanted(
+    wanted: tuple[bool, ...], mode: Mode
+) -> None:
+    inputs = inputs_for(mode).to(torch.float64)
+    seed = grad_output_for(inputs)
+    found = []
+    for attention in (attend, attend_exactly):
+        tensors = [
+            x.detach().requires_grad_(needed)
+            for x, needed in zip(inputs.tensors(), wanted, strict=True)
+        ]
+        leaves = [x for x in tensors if x.requires_grad]
+        grad_output = seed.detach().requires_grad_()
+        out = attention(inputs.of(*tensors), mode)
+        first = torch.autograd.grad(out, leaves, grad_output, create_graph=True)
+        total = torch.stack([x.square().sum() for x in first]).sum()
+        found.append(gradients_of(total, [*leaves, grad_output], torch.ones_like(total)))
+    for mine, true in zip(*found, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.usefixtures("threads")
