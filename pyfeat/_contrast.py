@@ -225,7 +225,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     need_a, need_b, need_scale = ctx.needs_input_grad[:3]
     need_b = need_b and not itself
     needs = need_a, need_b, need_scale
-    grad_a, grad_b, grad_scale = torch.ops.pyfeat.pair_sums_backward(
+    grad_a, grad_b, grad_scale = _pair_sums_backward(
         a, b, scale, *pairs, columns, row_lse, column_lse, *given, itself, *needs, kept
     )
     return (
@@ -247,21 +247,23 @@ def _second_fake(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[
     return (a.new_empty(a.shape), b.new_empty(b.shape), scale.new_empty(()), *vectors)
 
 
-torch.library.impl("pyfeat::pair_sums", "CPU", _contrast_cpu.forward)
-torch.library.impl("pyfeat::pair_sums_backward", "CPU", _contrast_cpu.backward)
 torch.library.impl("pyfeat::weighted_features", "CPU", _contrast_cpu.weighted)
-torch.library.impl("pyfeat::pair_sums", "CUDA", _contrast_cuda.forward)
-torch.library.impl("pyfeat::pair_sums_backward", "CUDA", _contrast_cuda.backward)
 torch.library.impl("pyfeat::weighted_features", "CUDA", _contrast_cuda.weighted)
 torch.library.register_fake("pyfeat::pair_sums", _forward_fake)
 torch.library.register_fake("pyfeat::pair_sums_backward", _backward_fake)
 torch.library.register_fake("pyfeat::weighted_features", _weighted_fake)
-_pair_sums = differentiable("pair_sums", _backward, _keep_for_backward)
+_pair_sums = differentiable(
+    "pair_sums",
+    {"cpu": _contrast_cpu.forward, "cuda": _contrast_cuda.forward},
+    _backward,
+    _keep_for_backward,
+)
+_pair_sums_backward = differentiable(
+    "pair_sums_backward",
+    {"cpu": _contrast_cpu.backward, "cuda": _contrast_cuda.backward},
+    _contrast_second.second,
+    _contrast_second.keep_for_second,
+)
 torch.library.impl("pyfeat::pair_sums_second", "default", _second)
 torch.library.register_fake("pyfeat::pair_sums_second", _second_fake)
-torch.library.register_autograd(
-    "pyfeat::pair_sums_backward",
-    _contrast_second.second,
-    setup_context=_contrast_second.keep_for_second,
-)
 torch.library.register_autograd("pyfeat::pair_sums_second", _contrast_second.refuse_third)

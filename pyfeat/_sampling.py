@@ -182,13 +182,12 @@ def _second_fake(
     return tuple(x.new_empty(x.shape) for x in (value, locations, weights, grad_output))
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("pyfeat::deform_attn", _device, _forward)
-    torch.library.impl("pyfeat::deform_attn_backward", _device, _gradients)
-    torch.library.impl("pyfeat::deform_attn_second", _device, _second_gradients)
 torch.library.register_fake("pyfeat::deform_attn", _forward_fake)
 torch.library.register_fake("pyfeat::deform_attn_backward", _backward_fake)
 torch.library.register_fake("pyfeat::deform_attn_second", _second_fake)
-_attend: Any = differentiable("deform_attn", _backward, _keep)
-_attend_backward = differentiable("deform_attn_backward", _second, _keep)
+_attend = differentiable("deform_attn", {"cpu": _forward, "cuda": _forward}, _backward, _keep)
+_attend_backward = differentiable(
+    "deform_attn_backward", {"cpu": _gradients, "cuda": _gradients}, _second, _keep
+)
+torch.library.impl("pyfeat::deform_attn_second", "default", _second_gradients)
 torch.library.register_autograd("pyfeat::deform_attn_second", _refuse_third)

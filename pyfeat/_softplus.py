@@ -54,7 +54,8 @@ def pair_softplus(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pair
     wanted = torch.is_grad_enabled()
     need_scale = scale.requires_grad and not b.requires_grad
     need_a, need_b = wanted and (a.requires_grad or need_scale), wanted and b.requires_grad
-    return _pair_softplus(a, b, scale, bias, *pairs[1:6], need_a, need_b)[0]
+    softplus: Tensor = _pair_softplus(a, b, scale, bias, *pairs[1:6], need_a, need_b)[0]
+    return softplus
 
 
 def _run_cpu(
@@ -175,7 +176,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     a, b, scale, bias, sigmoids, unit_a, unit_b = ctx.saved_tensors
     given = torch.zeros_like(sigmoids) if grads[0] is None else grads[0]
     need_a, need_b, need_scale, need_bias = ctx.needs_input_grad[:4]
-    grad_a, grad_b, grad_scale, grad_bias = torch.ops.pyfeat.pair_softplus_backward(
+    grad_a, grad_b, grad_scale, grad_bias = _pair_softplus_backward(
         a, b, scale, bias, *ctx.ids, sigmoids, given, unit_a, unit_b, need_a, need_b
     )
     return (
@@ -203,15 +204,17 @@ def _backward_twice(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
     return (*gradients, *ids, None, of_softplus, None, None, None, None)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("pyfeat::pair_softplus", _device, _run_forward)
-    torch.library.impl("pyfeat::pair_softplus_backward", _device, _run_backward)
 torch.library.register_fake("pyfeat::pair_softplus", _forward_fake)
 torch.library.register_fake("pyfeat::pair_softplus_backward", _backward_fake)
-_pair_softplus = differentiable("pair_softplus", _backward, _keep_for_backward)
+_pair_softplus = differentiable(
+    "pair_softplus", {"cpu": _run_forward, "cuda": _run_forward}, _backward, _keep_for_backward
+)
+_pair_softplus_backward = differentiable(
+    "pair_softplus_backward",
+    {"cpu": _run_backward, "cuda": _run_backward},
+    _backward_twice,
+    _keep_for_second,
+)
 torch.library.impl("pyfeat::pair_softplus_second", "default", _second)
 torch.library.register_fake("pyfeat::pair_softplus_second", _second_fake)
-torch.library.register_autograd(
-    "pyfeat::pair_softplus_backward", _backward_twice, setup_context=_keep_for_second
-)
 torch.library.register_autograd("pyfeat::pair_softplus_second", _contrast_second.refuse_third)

@@ -354,7 +354,7 @@ def test_a_scale_without_a_gradient_changes_no_other() -> None:
     for learnable in (True, False):
         leaves = [x.clone().requires_grad_() for x in (a, b)]
         scale = torch.tensor(0.7, requires_grad=learnable)
-        pair_sums(leaves[0], leaves[1], scale, Pairs()).row_lse.sum().backward()
+        torch.autograd.backward(pair_sums(leaves[0], leaves[1], scale, Pairs()).row_lse.sum())
         assert (scale.grad is not None) == learnable
         found.append([x.grad for x in leaves])
     for mine, other in zip(*found, strict=True):
