@@ -12,7 +12,7 @@
 namespace pyfeat {
 namespace {
 
-constexpr std::int64_t kQueriesPerTask = 256;
+constexpr std::int64_t kQueriesPerTask = 128;  // at most
 constexpr std::int64_t kCellsPerTask = 1024;
 constexpr std::int64_t kPackedBytes = 8LL << 20;
 // Rows of values are read so often before packing them pays.
@@ -61,6 +61,7 @@ class DeformAttn {
           table_(params),
           width_(num_chunks(params.dim, kPointBlock) * kPointBlock),
           num_pairs_(params.batch * params.heads),
+          queries_per_task_(even_chunk(params.num_queries, kQueriesPerTask, 1)),
           workers_(static_cast<std::size_t>(execution.num_threads())) {
         const PointTable<Real>& points = table_.points();
         const bool same = bytes_of(params.dtype) == sizeof(Real);
@@ -173,25 +174,25 @@ class DeformAttn {
     // body(range of queries), until somebody asks for a stop.
     template <typename Body>
     void for_queries(Body body) {
-        for (std::int64_t q = 0; q < params_.num_queries; q += kQueriesPerTask) {
+        for (std::int64_t q = 0; q < params_.num_queries; q += queries_per_task_) {
             if (execution_.stop_requested()) {
                 return;
             }
-            body(Range{q, std::min(params_.num_queries, q + kQueriesPerTask)});
+            body(Range{q, std::min(params_.num_queries, q + queries_per_task_)});
         }
     }
 
     // body(pair, range of queries, worker)
     template <typename Body>
     void for_query_tasks(Range pairs, Body body) {
-        const std::int64_t chunks = num_chunks(params_.num_queries, kQueriesPerTask);
+        const std::int64_t chunks = num_chunks(params_.num_queries, queries_per_task_);
         for_tasks((pairs.end - pairs.first) * chunks, [&](std::int64_t task, Worker& worker) {
             if (execution_.stop_requested()) {
                 return;
             }
-            const std::int64_t q = task % chunks * kQueriesPerTask;
+            const std::int64_t q = task % chunks * queries_per_task_;
             body(pairs.first + task / chunks,
-                 Range{q, std::min(params_.num_queries, q + kQueriesPerTask)},
+                 Range{q, std::min(params_.num_queries, q + queries_per_task_)},
                  worker);
         });
     }
@@ -356,6 +357,7 @@ class DeformAttn {
     FilledPointTable<Real> table_;
     std::int64_t width_;
     std::int64_t num_pairs_;
+    std::int64_t queries_per_task_;
     bool packs_ = false;
     std::vector<Worker> workers_;
     Block<Real> outside_, packed_;
