@@ -59,12 +59,15 @@ class Case(NamedTuple):
         queries = self.num_queries or self.num_cells
         size = (1, queries, self.heads, levels, self.points)
         value = torch.randn(1, self.num_cells, self.heads, self.dim, generator=generator)
+        extents = torch.tensor(self.shapes).flip(-1).view(levels, 1, ndim)
         if self.num_queries:
             locations = torch.rand(*size, ndim, generator=generator)
         else:
-            extents = torch.tensor(self.shapes).flip(-1).view(levels, 1, ndim)
             offsets = 2.5 * torch.randn(*size, ndim, generator=generator) / extents
             locations = _centres(self.shapes).view(1, queries, 1, 1, 1, ndim) + offsets
+        # The derivative jumps where a point passes a cell, and float32 rounds to either side.
+        cells = locations * extents - 0.5
+        locations = (cells.floor() + cells.frac().abs().clamp(0.01, 0.99) + 0.5) / extents
         logits = torch.randn(*size, generator=generator)
         return value, locations, logits.flatten(3).softmax(dim=-1).view(size)
 
