@@ -13,7 +13,7 @@ namespace pyfeat {
 namespace {
 
 constexpr std::int64_t kQueriesPerTask = 128;  // at most
-constexpr std::int64_t kCellsPerTask = 1024;
+constexpr std::int64_t kCellsPerTask = 256;
 constexpr std::int64_t kPackedBytes = 8LL << 20;
 // Rows of values are read so often before packing them pays.
 constexpr std::int64_t kLeastReads = 4;
@@ -64,9 +64,9 @@ class DeformAttn {
           queries_per_task_(even_chunk(params.num_queries, kQueriesPerTask, 1)),
           workers_(static_cast<std::size_t>(execution.num_threads())) {
         const PointTable<Real>& points = table_.points();
-        const bool same = bytes_of(params.dtype) == sizeof(Real);
-        packs_ = !same || params.num_queries * points.num_points * points.num_corners() >=
-                              kLeastReads * params.num_cells;
+        packs_ = params.dtype != kDtype ||
+                 params.num_queries * points.num_points * points.num_corners() >=
+                     kLeastReads * params.num_cells;
         outside_.make_zeros(width_);
     }
 
@@ -86,6 +86,11 @@ class DeformAttn {
     // The gradient by the values of a pair is made by one task, or with fewer pairs than threads
     // by one for each slice of the features: in the order of the queries in any case.
     void backward(const DeformAttnGradients& given) {
+        if (given.value != nullptr) {
+            prefer_huge_pages(
+                given.value,
+                params_.batch * params_.num_cells * params_.heads * params_.dim * kRealBytes);
+        }
         const bool sliced = num_pairs_ < execution_.num_threads() && width_ > kPointBlock;
         const bool in_place = sliced || !packs_;
         if (given.value != nullptr && in_place) {
@@ -139,11 +144,16 @@ class DeformAttn {
     }
 
   private:
+    static constexpr Dtype kDtype =
+        sizeof(Real) == sizeof(double) ? Dtype::kFloat64 : Dtype::kFloat32;
+
     struct Worker {
         Block<double> scratch_memory;
         Block<Real> outside, rows;
         double* scratch = nullptr;
     };
+    static constexpr auto kRealBytes = static_cast<std::int64_t>(sizeof(Real));
+
     std::int64_t n() const {
         return params_.num_dims;
     }
@@ -220,22 +230,36 @@ class DeformAttn {
         }
     }
 
+    // All pairs of a cell at a time, which lie side by side in memory.
     void pack(Range pairs, std::int64_t size) {
-        const std::int64_t chunks = num_chunks(params_.num_cells, kCellsPerTask);
-        for_tasks((pairs.end - pairs.first) * chunks, [&](std::int64_t task, Worker&) {
-            const std::int64_t i = task / chunks, first = task % chunks * kCellsPerTask;
-            const std::int64_t pair = pairs.first + i;
-            const std::int64_t* strides = params_.value_strides;
-            const std::int64_t base =
-                pair / params_.heads * strides[0] + pair % params_.heads * strides[2];
-            const std::int64_t end = std::min(params_.num_cells, first + kCellsPerTask);
-            for (std::int64_t s = first; s < end; ++s) {
-                const char* row = static_cast<const char*>(params_.value) +
-                                  (base + s * strides[1]) * bytes_of(params_.dtype);
-                Real* to = packed_.data() + i * size + s * width_;
-                kernels_.load(row, params_.dtype, params_.dim, to);
+        const std::int64_t count = pairs.end - pairs.first;
+        std::vector<const char*> rows(static_cast<std::size_t>(count));
+        for (std::int64_t i = 0; i < count; ++i) {
+            rows[static_cast<std::size_t>(i)] = first_row(pairs.first + i);
+        }
+        const std::int64_t stride = params_.value_strides[1] * bytes_of(params_.dtype);
+        const std::int64_t num_tasks = num_chunks(params_.num_cells, kCellsPerTask);
+        for_tasks(num_tasks, [&](std::int64_t task, Worker&) {
+            const std::int64_t end = std::min(params_.num_cells, (task + 1) * kCellsPerTask);
+            for (std::int64_t s = task * kCellsPerTask; s < end; ++s) {
+                for (std::int64_t i = 0; i < count; ++i) {
+                    const char* row = rows[static_cast<std::size_t>(i)] + s * stride;
+                    Real* to = packed_.data() + i * size + s * width_;
+                    if (params_.dtype == kDtype) {
+                        std::copy_n(reinterpret_cast<const Real*>(row), params_.dim, to);
+                    } else {
+                        kernels_.load(row, params_.dtype, params_.dim, to);
+                    }
+                }
             }
         });
+    }
+
+    const char* first_row(std::int64_t pair) const {
+        const std::int64_t* strides = params_.value_strides;
+        const std::int64_t first =
+            pair / params_.heads * strides[0] + pair % params_.heads * strides[2];
+        return static_cast<const char*>(params_.value) + first * bytes_of(params_.dtype);
     }
 
     Cells<const Real> values(std::int64_t pair, Range packed) {
@@ -243,10 +267,8 @@ class DeformAttn {
             const std::int64_t size = params_.num_cells * width_;
             return {packed_.data() + (pair - packed.first) * size, width_, outside_.data()};
         }
-        const std::int64_t* strides = params_.value_strides;
-        return {static_cast<const Real*>(params_.value) + pair / params_.heads * strides[0] +
-                    pair % params_.heads * strides[2],
-                strides[1],
+        return {reinterpret_cast<const Real*>(first_row(pair)),
+                params_.value_strides[1],
                 outside_.data()};
     }
 
