@@ -9,6 +9,7 @@
 #include "cpu/similarity/contrast.hpp"
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/log_sum_exp.hpp"
+#include "cpu/similarity/pack.hpp"
 #include "cpu/similarity/products.hpp"
 #include "cpu/similarity/softplus.hpp"
 
@@ -148,6 +149,12 @@ void bind_softplus(const Matrix& a,
 }  // namespace
 
 void bind_contrast(py::module_& m) {
+    py::class_<ReusedFloats>(m, "ReusedFloats", py::buffer_protocol())
+        .def(py::init<std::int64_t>(), py::arg("count"))
+        .def_buffer([](const ReusedFloats& floats) {
+            return py::buffer_info(floats.data(), floats.count());
+        })
+        .def_static("forget", &ReusedFloats::forget);
     py::class_<PairTerms>(m, "PairTerms")
         .def(py::init(&bind_pairs),
              py::arg("column_bias") = 0,

@@ -26,6 +26,12 @@ _Matrix = tuple[int, int, int, int, Dtype]
 # Address and stride between queries; address 0: no mask.
 _Mask = tuple[int, int]
 
+class ReusedFloats:
+    def __init__(self, count: int) -> None: ...
+    @staticmethod
+    def forget() -> None: ...
+    def __buffer__(self, flags: int) -> memoryview: ...
+
 class PairTerms:
     def __init__(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfeat import _contrast_cpu, _contrast_cuda, _contrast_second
+from pyfeat import _C, _contrast_cpu, _contrast_cuda, _contrast_second
 from pyfeat._contrast_cpu import kept_panels, sides_by_dim
 from pyfeat._derivatives import differentiable
 from pyfeat._pairs import Pairs, PairSums, WeightedSide
@@ -73,7 +73,8 @@ def set_memory_budget(num_bytes: int) -> None:
     """Let the losses keep so many bytes of similarities from the forward to the backward pass.
 
     What is kept is not computed again: all 4 N M bytes save one product of matrices in four. 256 MiB to
-    begin with; on the CPU only, and not of float64 features.
+    begin with; on the CPU only, and not of float64 features. The memory stays for the next call, Linux
+    takes it back when it runs short; to set the budget gives it up.
 
     Args:
         num_bytes: At least 0.
@@ -89,6 +90,7 @@ def set_memory_budget(num_bytes: int) -> None:
         message = f"set_memory_budget: num_bytes must be at least 0, got {num_bytes}"
         raise ValueError(message)
     _memory_budget = int(num_bytes)
+    _C.ReusedFloats.forget()
 
 
 def pair_sums(

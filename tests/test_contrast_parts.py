@@ -361,3 +361,35 @@ def test_a_scale_without_a_gradient_changes_no_other() -> None:
         assert mine is not None
         assert other is not None
         assert torch.equal(mine, other)
+
+
+def test_similarities_kept_by_two_calls_are_apart() -> None:
+    a, b, c = (torch.randn(300, 8) for _ in range(3))
+
+    def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        return leaf, pair_sums(leaf, y, torch.tensor(0.7), Pairs()).row_lse.sum()
+
+    def gradient(leaf: Tensor, value: Tensor) -> Tensor:
+        return torch.autograd.grad(value, leaf)[0]
+
+    alone = gradient(*loss(a, b))
+    first, second = loss(a, b), loss(b, c)
+    gradient(*second)
+    assert torch.equal(gradient(*first), alone)
+
+
+def test_memory_of_kept_similarities_is_used_again_until_it_is_forgotten() -> None:
+    def floats(count: int) -> Tensor:
+        return torch.frombuffer(_C.ReusedFloats(count), dtype=torch.float32)
+
+    _C.ReusedFloats.forget()
+    kept = floats(1 << 22)
+    address = kept.data_ptr()
+    beside = floats(1 << 22)
+    assert beside.data_ptr() != address
+    del kept
+    again = floats(3 << 20)
+    assert again.data_ptr() == address
+    again.fill_(1.0)
+    assert again.sum() == 3 << 20

@@ -124,10 +124,6 @@ void log_sum_exp_cpu(const LogSumExpParams& params, Isa isa, Execution& executio
                                          engine,
                                          execution);
     if (tiles) {
-        const TileKernels& shape = engine.tiles;
-        const std::int64_t panel =
-            (params.b.num_rows + shape.rows - 1) / shape.rows * shape.rows * shape.queries;
-        prefer_huge_pages(params.kept.products, params.kept.num_panels * panel * 4);
         TileSums sums(params, factors, engine, execution);
         sums.run();
         sums.write();

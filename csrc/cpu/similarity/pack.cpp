@@ -12,6 +12,7 @@
 #include <limits>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "check.hpp"
 
@@ -201,6 +202,53 @@ class SpareBlocks {
     std::int64_t num_bytes_ = 0;
 };
 
+// The block of ReusedFloats that is not in use.
+class SpareBlock {
+  public:
+    static SpareBlock& only() {
+        static auto* const block = new SpareBlock;
+        return *block;
+    }
+
+    // With room for so much, though not more than twice as much; else null.
+    Block take(std::int64_t num_bytes) {
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        if (!lock.owns_lock() || block_.num_bytes < num_bytes || block_.num_bytes / 2 > num_bytes) {
+            return {};
+        }
+        return std::exchange(block_, {});
+    }
+
+    void give(Block block) {
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        if (lock.owns_lock()) {
+            std::swap(block, block_);
+            lend_pages(block_);
+        }
+        if (block.data != nullptr) {
+            release(block);
+        }
+    }
+
+  private:
+    // To the system, until they are written again.
+    static void lend_pages([[maybe_unused]] const Block& block) {
+#if defined(__linux__) && defined(MADV_FREE)
+        constexpr std::uintptr_t kPage = 4096;
+        const auto first = reinterpret_cast<std::uintptr_t>(block.data);
+        const std::uintptr_t begin = (first + kPage - 1) / kPage * kPage;
+        const std::uintptr_t end =
+            (first + static_cast<std::uintptr_t>(block.num_bytes)) / kPage * kPage;
+        if (begin < end) {
+            static_cast<void>(madvise(reinterpret_cast<void*>(begin), end - begin, MADV_FREE));
+        }
+#endif
+    }
+
+    std::mutex mutex_;
+    Block block_{};
+};
+
 void lower(std::atomic<std::int64_t>& least, std::int64_t value) {
     std::int64_t seen = least.load();
     while ((seen < 0 || value < seen) && !least.compare_exchange_weak(seen, value)) {
@@ -241,6 +289,24 @@ void AlignedFloats::reserve(std::int64_t count) {
 
 void AlignedFloats::GiveBack::operator()(float* block) const {
     SpareBlocks::all().give({block, num_bytes});
+}
+
+ReusedFloats::ReusedFloats(std::int64_t count) : count_(count) {
+    const auto num_bytes = std::max<std::int64_t>(count, 1) * std::int64_t{sizeof(float)};
+    Block block = SpareBlock::only().take(num_bytes);
+    if (block.data == nullptr) {
+        block = {allocate(num_bytes), num_bytes};
+    }
+    data_ = block.data;
+    num_bytes_ = block.num_bytes;
+}
+
+ReusedFloats::~ReusedFloats() {
+    SpareBlock::only().give({data_, num_bytes_});
+}
+
+void ReusedFloats::forget() {
+    SpareBlock::only().give({});
 }
 
 double row_scale(double squared_norm, Metric metric) {

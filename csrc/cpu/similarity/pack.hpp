@@ -41,6 +41,30 @@ class AlignedFloats {
     std::unique_ptr<float, GiveBack> data_;
 };
 
+// Floats on a 64-byte boundary, uninitialised, for what one call keeps for another. The block that
+// was given back last stays for the next one: memory that is new to the process takes as long to
+// get as the products that fill it. Linux may take its pages meanwhile if it needs them.
+class ReusedFloats {
+  public:
+    explicit ReusedFloats(std::int64_t count);
+    ~ReusedFloats();
+    ReusedFloats(const ReusedFloats&) = delete;
+    ReusedFloats& operator=(const ReusedFloats&) = delete;
+
+    float* data() const {
+        return data_;
+    }
+    std::int64_t count() const {
+        return count_;
+    }
+    // Gives up the block that stays.
+    static void forget();
+
+  private:
+    std::int64_t count_, num_bytes_;
+    float* data_;
+};
+
 // How much to take at a time of `total`: as even as can be, in multiples of `multiple`, none above
 // `largest` unless that is less.
 inline std::int64_t even_chunk(std::int64_t total, std::int64_t largest, std::int64_t multiple) {
