@@ -12,9 +12,10 @@ namespace pyfeat {
 // With products in tiles, |a| and |b| the largest norms, u = 2^-24 and n = min(D, 64) + D / 64 + 5,
 //   |error| <= n u |scale| |a| |b| + 80 u,
 // the first part from the products, the second from the powers and their sums; of bfloat16 features
-// n = min(D, 128) + D / 128 + 6 where they are multiplied in pairs. With float64 products u = 2^-53, n = D + 4, and L + S takes the place of 80. The same bits from any number of
-// threads; rows that are equal have equal sums. Workspace: 16 bytes for every row of A and B, and
-// at most 256 MB (150 MB below 10,000 features).
+// n = min(D, 128) + D / 128 + 6 where they are multiplied in pairs. With float64 products u =
+// 2^-53, n = D + 4, and L + S takes the place of 80. The same bits from any number of threads; rows
+// that are equal have equal sums. Workspace: 16 bytes for every row of A and B, and at most 256 MB
+// (150 MB below 10,000 features).
 //
 // Throws std::invalid_argument for features that are not finite and for products that could pass
 // 1e36 (float64: 1e300).
