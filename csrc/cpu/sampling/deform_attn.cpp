@@ -61,7 +61,8 @@ class DeformAttn {
           table_(params),
           width_(num_chunks(params.dim, kPointBlock) * kPointBlock),
           num_pairs_(params.batch * params.heads),
-          queries_per_task_(even_chunk(params.num_queries, kQueriesPerTask, 1)),
+          queries_per_task_(
+              even_chunk(std::max<std::int64_t>(params.num_queries, 1), kQueriesPerTask, 1)),
           workers_(static_cast<std::size_t>(execution.num_threads())) {
         const PointTable<Real>& points = table_.points();
         packs_ = params.dtype != kDtype ||
