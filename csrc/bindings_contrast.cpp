@@ -6,10 +6,10 @@
 #include <utility>
 
 #include "bindings.hpp"
+#include "cpu/blocks.hpp"
 #include "cpu/similarity/contrast.hpp"
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/log_sum_exp.hpp"
-#include "cpu/similarity/pack.hpp"
 #include "cpu/similarity/products.hpp"
 #include "cpu/similarity/softplus.hpp"
 

@@ -72,6 +72,7 @@ def siglip_loss(
     Source: Zhai et al., Sigmoid loss for language image pre-training, ICCV 2023, arXiv:2303.15343.
 
     Examples:
+        >>> import torch
         >>> siglip_loss(torch.eye(2), torch.eye(2), 1.0, 0.0)
         tensor(1.0064)
     """

@@ -4,53 +4,16 @@
 #include <algorithm>
 #include <vector>
 
-#include "check.hpp"
+#include "cpu/blocks.hpp"
+#include "cpu/sampling/head_values.hpp"
 #include "cpu/sampling/kernels.hpp"
 #include "cpu/sampling/points_table.hpp"
-#include "cpu/similarity/pack.hpp"
 
 namespace pyfeat {
 namespace {
 
 constexpr std::int64_t kQueriesPerTask = 128;  // at most
-constexpr std::int64_t kCellsPerTask = 256;
-constexpr std::int64_t kPackedBytes = 8LL << 20;
-// Rows of values are read so often before packing them pays.
-constexpr std::int64_t kLeastReads = 4;
 
-struct Range {
-    std::int64_t first, end;
-};
-
-std::int64_t num_chunks(std::int64_t count, std::int64_t chunk) {
-    return (count + chunk - 1) / chunk;
-}
-
-// An array from a multiple of 64 bytes on.
-template <typename T>
-class Block {
-  public:
-    // What was there may be lost.
-    void make_room(std::int64_t count) {
-        floats_.reserve(kFloats * count);
-    }
-    T* make_zeros(std::int64_t count) {
-        make_room(count);
-        std::fill_n(floats_.data(), kFloats * count, 0.0F);
-        return data();
-    }
-    T* data() {
-        return reinterpret_cast<T*>(floats_.data());
-    }
-
-  private:
-    static constexpr auto kFloats = static_cast<std::int64_t>(sizeof(T) / sizeof(float));
-    AlignedFloats floats_;
-};
-
-// A pair is a batch and a head: number p stands for batch p / H and head p % H. Its rows lie H D
-// apart in memory, so that few lines of a cache can hold them: where they are read often, they are
-// packed first.
 template <typename Real>
 class DeformAttn {
   public:
@@ -59,24 +22,18 @@ class DeformAttn {
           kernels_(sampling_kernels_for(isa).of<Real>()),
           execution_(execution),
           table_(params),
-          width_(num_chunks(params.dim, kPointBlock) * kPointBlock),
+          values_(params, kernels_, table_.points()),
           num_pairs_(params.batch * params.heads),
           queries_per_task_(
               even_chunk(std::max<std::int64_t>(params.num_queries, 1), kQueriesPerTask, 1)),
-          workers_(static_cast<std::size_t>(execution.num_threads())) {
-        const PointTable<Real>& points = table_.points();
-        packs_ = params.dtype != kDtype ||
-                 params.num_queries * points.num_points * points.num_corners() >=
-                     kLeastReads * params.num_cells;
-        outside_.make_zeros(width_);
-    }
+          workers_(static_cast<std::size_t>(execution.num_threads())) {}
 
     void forward(Real* output) {
         for_groups([&](Range pairs) {
             for_query_tasks(pairs, [&](std::int64_t pair, Range queries, Worker& worker) {
                 kernels_.gather(table_.points(),
                                 samples(pair, queries),
-                                values(pair, pairs),
+                                values_.cells(pair, pairs),
                                 params_.dim,
                                 features(output, pair, queries.first),
                                 worker.scratch);
@@ -92,8 +49,8 @@ class DeformAttn {
                 given.value,
                 params_.batch * params_.num_cells * params_.heads * params_.dim * kRealBytes);
         }
-        const bool sliced = num_pairs_ < execution_.num_threads() && width_ > kPointBlock;
-        const bool in_place = sliced || !packs_;
+        const bool sliced = num_pairs_ < execution_.num_threads() && values_.width() > kPointBlock;
+        const bool in_place = sliced || !values_.packs();
         if (given.value != nullptr && in_place) {
             fill_with_zeros(static_cast<Real*>(given.value));
         }
@@ -107,8 +64,8 @@ class DeformAttn {
             if (given.value == nullptr) {
                 return;
             }
-            const std::int64_t slice = sliced ? kPointBlock : width_;
-            const std::int64_t num_slices = width_ / slice;
+            const std::int64_t slice = sliced ? kPointBlock : values_.width();
+            const std::int64_t num_slices = values_.width() / slice;
             for_tasks((pairs.end - pairs.first) * num_slices, [&](std::int64_t i, Worker& worker) {
                 const std::int64_t pair = pairs.first + i / num_slices;
                 const std::int64_t first = i % num_slices * slice;
@@ -130,7 +87,7 @@ class DeformAttn {
                     kernels_.second(
                         table_.points(),
                         samples(pair, queries),
-                        values(pair, pairs),
+                        values_.cells(pair, pairs),
                         params_.dim,
                         features(static_cast<const Real*>(given.upstream), pair, q),
                         {cells_of(static_cast<const Real*>(second.by_value), pair),
@@ -145,12 +102,9 @@ class DeformAttn {
     }
 
   private:
-    static constexpr Dtype kDtype =
-        sizeof(Real) == sizeof(double) ? Dtype::kFloat64 : Dtype::kFloat32;
-
     struct Worker {
-        Block<double> scratch_memory;
-        Block<Real> outside, rows;
+        AlignedArray<double> scratch_memory;
+        AlignedArray<Real> outside, rows;
         double* scratch = nullptr;
     };
     static constexpr auto kRealBytes = static_cast<std::int64_t>(sizeof(Real));
@@ -166,7 +120,7 @@ class DeformAttn {
             Worker& worker = workers_[static_cast<std::size_t>(index)];
             if (worker.scratch == nullptr) {
                 worker.scratch = worker.scratch_memory.make_zeros(scratch_size(table_.points()));
-                worker.outside.make_zeros(width_);
+                worker.outside.make_zeros(values_.width());
             }
             body(task, worker);
         });
@@ -214,63 +168,12 @@ class DeformAttn {
         if (num_pairs_ == 0 || params_.dim == 0) {
             return;
         }
-        if (!packs_) {
-            body(Range{0, num_pairs_});
-            return;
-        }
-        const std::int64_t size = std::max<std::int64_t>(params_.num_cells * width_, 1);
-        const std::int64_t fitting =
-            kPackedBytes / (size * static_cast<std::int64_t>(sizeof(Real)));
-        const std::int64_t group = std::clamp<std::int64_t>(
-            std::max<std::int64_t>(fitting, execution_.num_threads()), 1, num_pairs_);
+        const std::int64_t group = values_.group(num_pairs_, execution_.num_threads());
         for (std::int64_t first = 0; first < num_pairs_; first += group) {
             const Range pairs{first, std::min(num_pairs_, first + group)};
-            packed_.make_room(group * size);
-            pack(pairs, size);
+            values_.pack(pairs, execution_);
             body(pairs);
         }
-    }
-
-    // All pairs of a cell at a time, which lie side by side in memory.
-    void pack(Range pairs, std::int64_t size) {
-        const std::int64_t count = pairs.end - pairs.first;
-        std::vector<const char*> rows(static_cast<std::size_t>(count));
-        for (std::int64_t i = 0; i < count; ++i) {
-            rows[static_cast<std::size_t>(i)] = first_row(pairs.first + i);
-        }
-        const std::int64_t stride = params_.value_strides[1] * bytes_of(params_.dtype);
-        const std::int64_t num_tasks = num_chunks(params_.num_cells, kCellsPerTask);
-        for_tasks(num_tasks, [&](std::int64_t task, Worker&) {
-            const std::int64_t end = std::min(params_.num_cells, (task + 1) * kCellsPerTask);
-            for (std::int64_t s = task * kCellsPerTask; s < end; ++s) {
-                for (std::int64_t i = 0; i < count; ++i) {
-                    const char* row = rows[static_cast<std::size_t>(i)] + s * stride;
-                    Real* to = packed_.data() + i * size + s * width_;
-                    if (params_.dtype == kDtype) {
-                        std::copy_n(reinterpret_cast<const Real*>(row), params_.dim, to);
-                    } else {
-                        kernels_.load(row, params_.dtype, params_.dim, to);
-                    }
-                }
-            }
-        });
-    }
-
-    const char* first_row(std::int64_t pair) const {
-        const std::int64_t* strides = params_.value_strides;
-        const std::int64_t first =
-            pair / params_.heads * strides[0] + pair % params_.heads * strides[2];
-        return static_cast<const char*>(params_.value) + first * bytes_of(params_.dtype);
-    }
-
-    Cells<const Real> values(std::int64_t pair, Range packed) {
-        if (packs_) {
-            const std::int64_t size = params_.num_cells * width_;
-            return {packed_.data() + (pair - packed.first) * size, width_, outside_.data()};
-        }
-        return {reinterpret_cast<const Real*>(first_row(pair)),
-                params_.value_strides[1],
-                outside_.data()};
     }
 
     Samples<Real> samples(std::int64_t pair, Range queries) const {
@@ -309,7 +212,7 @@ class DeformAttn {
         return {data + pair / params_.heads * params_.num_cells * stride +
                     pair % params_.heads * params_.dim,
                 stride,
-                outside_.data()};
+                values_.outside()};
     }
     Cells<Real> value_gradient(const DeformAttnGradients& given,
                                std::int64_t pair,
@@ -336,7 +239,7 @@ class DeformAttn {
                        Worker& worker) {
         kernels_.gradients(table_.points(),
                            samples(pair, queries),
-                           values(pair, packed),
+                           values_.cells(pair, packed),
                            params_.dim,
                            features(static_cast<const Real*>(given.upstream), pair, queries.first),
                            to,
@@ -353,8 +256,8 @@ class DeformAttn {
         const bool whole = part.first == 0 && part.end == params_.dim;
         Cells<Real> cells = value_gradient(given, pair, worker);
         if (!in_place) {
-            cells.data = worker.rows.make_zeros(params_.num_cells * width_);
-            cells.stride = width_;
+            cells.data = worker.rows.make_zeros(params_.num_cells * values_.width());
+            cells.stride = values_.width();
         }
         for_queries([&](Range queries) {
             SampleGradients<Real> to{};
@@ -378,12 +281,10 @@ class DeformAttn {
     const SamplingKernels<Real>& kernels_;
     Execution& execution_;
     FilledPointTable<Real> table_;
-    std::int64_t width_;
+    HeadValues<Real> values_;
     std::int64_t num_pairs_;
     std::int64_t queries_per_task_;
-    bool packs_ = false;
     std::vector<Worker> workers_;
-    Block<Real> outside_, packed_;
 };
 
 // By dtype of the values.
@@ -397,27 +298,6 @@ void for_real(Dtype dtype, Use use) {
 }
 
 }  // namespace
-
-const SamplingTable& sampling_kernels_for(Isa isa) {
-    switch (isa) {
-#if defined(PYFEAT_X86)
-        case Isa::kAmx:
-        case Isa::kAvx512Bf16:
-        case Isa::kAvx512Vnni:
-        case Isa::kAvx512:
-            return avx512::sampling_kernels;
-        case Isa::kAvx2Vnni:
-        case Isa::kAvx2:
-            return avx2::sampling_kernels;
-#elif defined(PYFEAT_ARM64)
-        case Isa::kNeonDot:
-        case Isa::kNeon:
-            return neon::sampling_kernels;
-#endif
-        default:
-            return scalar::sampling_kernels;
-    }
-}
 
 void deform_attn_cpu(const DeformAttnParams& params, void* output, Isa isa, Execution& execution) {
     for_real(params.dtype, [&](auto real) {

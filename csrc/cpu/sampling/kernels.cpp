@@ -3,7 +3,7 @@
 #include "cpu/sampling/kernels.hpp"
 
 #include "cpu/sampling/sample.hpp"
-#include "cpu/similarity/elements.hpp"
+#include "cpu/simd/elements.hpp"
 
 namespace pyfeat::PYFEAT_ISA_NAMESPACE {
 namespace {

@@ -7,8 +7,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/similarity/simd.hpp"
-#include "cpu/similarity/unroll.hpp"
+#include "cpu/simd/simd.hpp"
+#include "cpu/simd/unroll.hpp"
 
 namespace {
 

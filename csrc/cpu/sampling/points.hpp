@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "cpu/sampling/kernels.hpp"
-#include "cpu/similarity/power.hpp"
-#include "cpu/similarity/unroll.hpp"
+#include "cpu/simd/power.hpp"
+#include "cpu/simd/unroll.hpp"
 
 namespace {
 

@@ -4,7 +4,7 @@
 // returns the same bits. The loops are plain C++: 16 lanes map onto whatever registers there are.
 #pragma once
 
-#include "cpu/similarity/elements.hpp"
+#include "cpu/simd/elements.hpp"
 #include "cpu/similarity/kernels.hpp"
 
 namespace {

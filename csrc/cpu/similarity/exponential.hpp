@@ -4,8 +4,8 @@
 
 #include <cstring>
 
+#include "cpu/simd/power.hpp"
 #include "cpu/similarity/kernels.hpp"
-#include "cpu/similarity/power.hpp"
 #include "cpu/similarity/tile.hpp"
 
 namespace {

@@ -4,10 +4,10 @@
 
 #include <type_traits>
 
+#include "cpu/simd/simd.hpp"
+#include "cpu/simd/unroll.hpp"
 #include "cpu/similarity/distances.hpp"
 #include "cpu/similarity/kernels.hpp"
-#include "cpu/similarity/simd.hpp"
-#include "cpu/similarity/unroll.hpp"
 
 namespace {
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cpu/similarity/unroll.hpp"
+#include "cpu/simd/unroll.hpp"
 
 namespace {
 

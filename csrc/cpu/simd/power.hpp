@@ -2,7 +2,7 @@
 // Powers of two of a register of floats.
 #pragma once
 
-#include "cpu/similarity/simd.hpp"
+#include "cpu/simd/simd.hpp"
 
 namespace {
 

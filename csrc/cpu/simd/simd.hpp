@@ -45,13 +45,13 @@ constexpr float kExponentInLowBits = 0x1.8p23F + 127.0F;
 }  // namespace
 
 #if defined(PYFEAT_ISA_AVX512) || defined(PYFEAT_ISA_AVX512_VNNI)
-#include "cpu/similarity/simd_avx512.hpp"
+#include "cpu/simd/simd_avx512.hpp"
 #elif defined(PYFEAT_ISA_AVX2) || defined(PYFEAT_ISA_AVX2_VNNI)
-#include "cpu/similarity/simd_avx2.hpp"
+#include "cpu/simd/simd_avx2.hpp"
 #elif defined(PYFEAT_ISA_NEON) || defined(PYFEAT_ISA_NEON_DOT)
-#include "cpu/similarity/simd_neon.hpp"
+#include "cpu/simd/simd_neon.hpp"
 #else
-#include "cpu/similarity/simd_scalar.hpp"
+#include "cpu/simd/simd_scalar.hpp"
 #endif
 
 namespace {
