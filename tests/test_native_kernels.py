@@ -1,71 +1,120 @@
-"""Kernels of instruction sets that this machine lacks: cross-compiled and run under an emulator."""
-
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from pyfeat import _C
 
 ROOT = Path(__file__).parents[1]
-# The check of an engine, and its kernels.
-SIMILARITY = (ROOT / "tests/native/check_kernels.cpp", ROOT / "csrc/cpu/similarity/kernels.cpp")
-SAMPLING = (ROOT / "tests/native/check_sampling.cpp", ROOT / "csrc/cpu/sampling/kernels.cpp")
-FLAGS = "-O3 -std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror"
+FLAGS = "-std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror"
 ARM = "aarch64-linux-gnu-g++"
 DOT = ["-march=armv8.2-a+dotprod"]
 
 
+class Engine(NamedTuple):
+    """Sources of its check and of its kernels, and how those that are checked are compiled."""
+
+    check: str
+    kernels: str
+    flags: tuple[str, ...]
+
+
+SIMILARITY = Engine("tests/native/check_kernels.cpp", "csrc/cpu/similarity/kernels.cpp", ("-O3",))
+# More optimisation takes five times as long, and is checked in the module itself.
+SAMPLING = Engine(
+    "tests/native/check_sampling.cpp",
+    "csrc/cpu/sampling/kernels.cpp",
+    ("-O1", "-DPYFEAT_CHECKED_SAMPLING"),
+)
+# Compiler, instruction set, its flags and the engine.
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Links the check of one instruction set; what several have in common is compiled once."""
+    folder = tmp_path_factory.mktemp("native")
+    compiled: dict[tuple[str, ...], Path] = {}
+
+    def compile_one(command: tuple[str, ...]) -> None:
+        run([*command, "-o", str(compiled[command])])
+
+    def build(compiler: str, isa: str, flags: Sequence[str], engine: Engine = SIMILARITY) -> Path:
+        common = (compiler, *FLAGS.split(), f"-I{ROOT / 'csrc'}", "-c")
+        own = (f"-DPYFEAT_ISA_{isa.upper()}", *engine.flags, *flags)
+        commands = [
+            (*common, *own, str(ROOT / engine.kernels)),
+            (*common, "-O1", str(ROOT / engine.check)),
+            (*common, "-O1", "-DPYFEAT_ISA_SCALAR", str(ROOT / engine.kernels)),
+            (*common, f"-DPYFEAT_CHECKED={isa}", *engine.flags, f"{ROOT}/tests/native/checked.cpp"),
+        ]
+        missing = [command for command in commands if command not in compiled]
+        for command in missing:
+            compiled[command] = folder / f"{len(compiled)}.o"
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compile_one, missing))
+        program = folder / f"check_{len(compiled)}"
+        objects = [str(compiled[command]) for command in commands]
+        static = [flag for flag in flags if flag == "-static"]
+        run([compiler, *static, *objects, "-o", str(program)])
+        return program
+
+    return build
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sources", "isa", "flags"),
+    ("engine", "isa", "flags"),
     [(SIMILARITY, "neon", []), (SIMILARITY, "neon_dot", DOT), (SAMPLING, "neon", [])],
 )
 def test_arm_kernels_are_right_under_emulation(
-    sources: tuple[Path, Path], isa: str, flags: list[str], tmp_path: Path
+    engine: Engine, isa: str, flags: list[str], build: Build
 ) -> None:
     for tool in (ARM, "qemu-aarch64"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
-    program = build(ARM, isa, [*flags, "-static"], tmp_path, sources)
+    program = build(ARM, isa, [*flags, "-static"], engine)
     run(["qemu-aarch64", "-cpu", "max", str(program)])
 
 
 @pytest.mark.slow
 def test_byte_products_of_narrow_registers_are_right_in_their_wide_encoding(
-    tmp_path: Path,
+    build: Build,
 ) -> None:
     # AVX-VNNI is the same operation as that of AVX-512 VNNI on half registers.
     if "avx512_vnni" not in _C.isas():
         pytest.skip("this processor has no AVX-512 VNNI")
     flags = ["-mavx2", "-mfma", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=256"]
-    run([str(build("c++", "avx2_vnni", flags, tmp_path))])
+    run([str(build("c++", "avx2_vnni", flags))])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != "scalar"])
-def test_kernels_of_this_machine_are_right_on_their_own(isa: str, tmp_path: Path) -> None:
+def test_kernels_of_this_machine_are_right_on_their_own(isa: str, build: Build) -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs an x86 processor")
-    run([str(build("c++", isa, x86_flags(isa), tmp_path))])
+    run([str(build("c++", isa, x86_flags(isa)))])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa in ("avx2", "avx512")])
-def test_sampling_kernels_of_this_machine_are_right_on_their_own(isa: str, tmp_path: Path) -> None:
-    run([str(build("c++", isa, x86_flags(isa), tmp_path, SAMPLING))])
+def test_sampling_kernels_of_this_machine_are_right_on_their_own(isa: str, build: Build) -> None:
+    run([str(build("c++", isa, x86_flags(isa), SAMPLING))])
 
 
 @pytest.mark.slow
-def test_matrix_units_add_up_as_their_manual_says(tmp_path: Path) -> None:
+def test_matrix_units_add_up_as_their_manual_says(build: Build) -> None:
     if "avx512_bf16" not in _C.isas():
         pytest.skip("this processor has no AVX-512 BF16")
-    emulation = ["-DPYFEAT_EMULATED_AMX", f"-I{SIMILARITY[0].parent}"]
-    emulated = run([str(build("c++", "amx", [*x86_flags("amx"), *emulation], tmp_path))])
+    emulation = ["-DPYFEAT_EMULATED_AMX", f"-I{ROOT / 'tests/native'}"]
+    emulated = run([str(build("c++", "amx", [*x86_flags("amx"), *emulation]))])
     if "amx" in _C.isas():
-        assert run([str(build("c++", "amx", x86_flags("amx"), tmp_path))]) == emulated
+        assert run([str(build("c++", "amx", x86_flags("amx")))]) == emulated
 
 
 def x86_flags(isa: str) -> list[str]:
@@ -77,29 +126,6 @@ def x86_flags(isa: str) -> list[str]:
     flags += ["-mavx512bf16"] if isa in ("avx512_bf16", "amx") else []
     flags += ["-mamx-tile", "-mamx-int8", "-mamx-bf16"] if isa == "amx" else []
     return flags
-
-
-def build(
-    compiler: str,
-    isa: str,
-    flags: list[str],
-    folder: Path,
-    sources: tuple[Path, Path] = SIMILARITY,
-) -> Path:
-    """The check of one instruction set, linked with its kernels and the scalar ones."""
-    program = folder / f"check_{isa}"
-    common = [compiler, *FLAGS.split(), f"-I{ROOT / 'csrc'}"]
-    objects = []
-    for name, source, own in (
-        ("check", sources[0], [f"-DPYFEAT_CHECKED={isa}"]),
-        ("scalar", sources[1], ["-DPYFEAT_ISA_SCALAR"]),
-        ("kernels", sources[1], [f"-DPYFEAT_ISA_{isa.upper()}", *flags]),
-    ):
-        objects.append(str(folder / f"{name}.o"))
-        run([*common, *own, "-c", str(source), "-o", objects[-1]])
-    static = [flag for flag in flags if flag == "-static"]
-    run([*common, *static, *objects, "-o", str(program)])
-    return program
 
 
 def run(command: list[str]) -> str:

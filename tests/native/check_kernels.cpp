@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks the kernels of one instruction set, PYFEAT_CHECKED, against float64 and against the scalar
-// ones, without Python: it also runs under an emulator. Prints what is wrong; exits with 1 then.
+// Checks the kernels of one instruction set against float64 and against the scalar ones, without
+// Python: it also runs under an emulator. Prints what is wrong; exits with 1 then.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

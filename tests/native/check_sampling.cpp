@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks the sampling kernels of one instruction set, PYFEAT_CHECKED, in float against the scalar
-// ones in double, without Python: it also runs under an emulator. Prints what is wrong; exits with
-// 1 then.
+// Checks the sampling kernels of one instruction set in float against the scalar ones in double,
+// without Python: it also runs under an emulator. Prints what is wrong; exits with 1 then.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -12,6 +11,9 @@
 
 #include "cpu/sampling/kernels.hpp"
 #include "cpu/sampling/points_table.hpp"
+
+// What is checked; checked.cpp says of which instruction set.
+extern const pyfeat::SamplingTable& checked_sampling;
 
 namespace {
 
@@ -158,7 +160,7 @@ int main() {
                 given.params.align_corners = (options & 2) != 0;
                 given.params.discrete = (options & 4) != 0;
                 given.params.softmax = (options & 8) != 0;
-                const Answer ours = answer_of(PYFEAT_CHECKED::sampling_kernels.of<float>(), given);
+                const Answer ours = answer_of(checked_sampling.of<float>(), given);
                 const Answer right = answer_of(scalar::sampling_kernels.of<double>(), given);
                 const std::string where = " of " + std::to_string(num_dims) +
                                           "-D, D = " + std::to_string(dim) + ", options " +

@@ -9,11 +9,13 @@
 
 #include "cpu/similarity/kernels.hpp"
 
+// What is checked; checked.cpp says of which instruction set.
+extern const pyfeat::Kernels& checked;
+
 namespace {
 
 using namespace pyfeat;
 
-const Kernels& checked = PYFEAT_CHECKED::kernels;
 int num_wrong = 0;
 
 // Floats on a 64-byte boundary, NaN where nothing is written.
