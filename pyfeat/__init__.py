@@ -6,7 +6,7 @@ An import goes down this picture, never up::
     objects     MemoryBank    PatchCore    MultiScaleDeformAttn
     ops         knn    greedy_coreset    match    losses (info_nce, clip, siglip, ...)    deform_attn
     engines     similarity: tiles of A B^T, used and dropped       sampling: n-D multilinear gather
-    backends    cpu (C++: scalar, AVX2, AVX-512, AMX, NEON)   triton   reference (plain PyTorch)
+    backends    cpu (C++: scalar, AVX2, AVX-512, AMX, NEON)   cuda (C++)   triton   reference (plain PyTorch)
 """
 
 from pyfeat import losses

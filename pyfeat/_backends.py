@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyfeat._cuda_ops.loading import missing_for_cuda
+from pyfeat._cuda_ops.served import SERVED
 from pyfeat._triton import MAX_K
 
-Backend = Literal["cpu", "triton", "reference"]
+Backend = Literal["cpu", "cuda", "triton", "reference"]
 
 # op, features, k
 Obstacles = Callable[[str, Tensor, int], list[str]]
@@ -29,6 +31,15 @@ def _cpu_obstacles(op: str, features: Tensor, k: int) -> list[str]:
     if features.device.type != "cpu":
         return [f"inputs are on {features.device}"]
     return []
+
+
+def _cuda_obstacles(op: str, features: Tensor, k: int) -> list[str]:
+    obstacles = SERVED[op](features, k) if op in SERVED else [f"it has no {op}"]
+    if features.device.type != "cuda":
+        obstacles.append(f"inputs are on {features.device}")
+    else:
+        obstacles += missing_for_cuda(features.device)
+    return obstacles
 
 
 def _triton_obstacles(op: str, features: Tensor, k: int) -> list[str]:
@@ -62,6 +73,7 @@ def _no_obstacles(op: str, features: Tensor, k: int) -> list[str]:
 # In order of preference. The reference is slow by design and runs only when it is asked for.
 _OBSTACLES: Mapping[Backend, Obstacles] = {
     "cpu": _cpu_obstacles,
+    "cuda": _cuda_obstacles,
     "triton": _triton_obstacles,
     "reference": _no_obstacles,
 }
@@ -90,6 +102,13 @@ def select_backend(op: str, backend: Backend | None, features: Tensor, *, k: int
 
 def backend_report() -> dict[str, str]:
     """Of each backend, "available" or why it is missing here."""
-    missing = _missing_for_triton()
-    triton = f"missing: {'; '.join(missing)}" if missing else "available"
-    return {"cpu": "available", "triton": triton, "reference": "available"}
+    return {
+        "cpu": "available",
+        "cuda": _availability(missing_for_cuda()),
+        "triton": _availability(_missing_for_triton()),
+        "reference": "available",
+    }
+
+
+def _availability(missing: list[str]) -> str:
+    return f"missing: {'; '.join(missing)}" if missing else "available"

@@ -6,6 +6,7 @@ import torch
 
 from pyfeat import _C
 from pyfeat._backends import backend_report
+from pyfeat._cuda_ops.loading import build_report
 
 # Module that shows an extra to be installed, by extra.
 _EXTRAS = {
@@ -24,7 +25,8 @@ def info() -> dict[str, object]:
     Returns:
         ``version`` and ``torch``; ``instruction_sets``, slowest first, the last one is used;
         ``precisions`` of their tiles, likewise; ``threads``, as ``torch.get_num_threads()``;
-        ``backends``, each "available" or why it is missing; ``extras``, each "installed" or the
+        ``backends``, each "available" or why it is missing; ``cuda_build``, the CUDA version and the
+        architectures of the CUDA kernels, None without them; ``extras``, each "installed" or the
         command that installs it.
 
     Examples:
@@ -38,6 +40,7 @@ def info() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "precisions": _C.precisions(),
         "backends": backend_report(),
+        "cuda_build": build_report(),
         "extras": {
             extra: "installed"
             if find_spec(module)

@@ -297,4 +297,4 @@ def test_what_stands_in_the_way_of_a_gpu_is_listed() -> None:
         pyfeat.range_search(x, x, 1.0, backend="triton")
     report = pyfeat.info()["backends"]
     assert isinstance(report, dict)
-    assert set(report) == {"cpu", "triton", "reference"}
+    assert set(report) == {"cpu", "cuda", "triton", "reference"}

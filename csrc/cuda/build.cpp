@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/build.hpp"
+
+#include <cuda_runtime.h>
+
+#include <sstream>
+
+namespace pyfeat::cuda {
+
+std::vector<std::string> architectures() {
+    std::istringstream list(PYFEAT_CUDA_ARCHITECTURES);
+    std::vector<std::string> names;
+    for (std::string name; std::getline(list, name, ',');) {
+        names.push_back(name);
+    }
+    return names;
+}
+
+int runtime_version() {
+    return CUDART_VERSION;
+}
+
+int driver_version() {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+}  // namespace pyfeat::cuda
