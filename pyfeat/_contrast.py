@@ -61,7 +61,7 @@ torch.library.define(
     " Tensor a_values, Tensor b_values, bool need_a, bool need_b) -> (Tensor, Tensor)",
 )
 
-_memory_budget = 256 << 20
+_memory_budget = 1 << 30
 
 
 def memory_budget() -> int:
@@ -72,9 +72,10 @@ def memory_budget() -> int:
 def set_memory_budget(num_bytes: int) -> None:
     """Let the losses keep so many bytes of similarities from the forward to the backward pass.
 
-    What is kept is not computed again: all 4 N M bytes save one product of matrices in four. 256 MiB to
-    begin with; on the CPU only, and not of float64 features. The memory stays for the next call, Linux
-    takes it back when it runs short; to set the budget gives it up.
+    What is kept is not computed again: all 4 N M bytes save one product of matrices in four. If these do
+    not fit, a quarter of the budget is used, for a small part saves little. 1 GiB to begin with; on the
+    CPU only, and not of float64 features. The memory stays for the next call, Linux takes it back when it
+    runs short; to set the budget gives it up.
 
     Args:
         num_bytes: At least 0.
@@ -83,7 +84,7 @@ def set_memory_budget(num_bytes: int) -> None:
         ValueError: If it is negative.
 
     Examples:
-        >>> set_memory_budget(256 << 20)
+        >>> set_memory_budget(1 << 30)
     """
     global _memory_budget
     if num_bytes < 0:

@@ -33,11 +33,21 @@ class KeptPairs:
 def kept_panels(
     num_rows: int, num_columns: int, dtype: torch.dtype, num_bytes: int
 ) -> tuple[int, int]:
-    """How many row panels of tiles fit, and the floats they have."""
-    height, width = _C.tile_shape(getattr(_C.Dtype, dtype_name(dtype)))
-    panel = height * width * -(-num_columns // width)
-    panels = min(-(-num_rows // height), num_bytes // (4 * panel)) if panel else 0
+    """How many row panels of tiles are kept, and the floats they have.
+
+    All of them if they fit; else as many as fit in a quarter: a small part of many tiles saves little.
+    """
+    panel = _panel_size(num_columns, dtype)
+    panels = -(-num_rows // _C.tile_shape(getattr(_C.Dtype, dtype_name(dtype)))[0]) if panel else 0
+    if 4 * panels * panel > num_bytes:
+        panels = num_bytes // 4 // (4 * panel)
     return panels, panels * panel
+
+
+def _panel_size(num_columns: int, dtype: torch.dtype) -> int:
+    """Floats of one row panel of tiles."""
+    height, width = _C.tile_shape(getattr(_C.Dtype, dtype_name(dtype)))
+    return height * width * -(-num_columns // width)
 
 
 def _reused(size: int) -> Tensor:
@@ -102,8 +112,7 @@ def _products(
     a_values, b_values = (with_contiguous_rows(x) for x in values)
     by_a = torch.empty((len(a) if needs[0] else 0, b_values.shape[1]), dtype=torch.float32)
     by_b = torch.empty((len(b) if needs[1] else 0, a_values.shape[1]), dtype=torch.float32)
-    kept_bytes = 0 if kept is None else 4 * len(kept)
-    panels, _ = kept_panels(len(a), len(b), a.dtype, kept_bytes)
+    panels = 0 if kept is None or not len(kept) else len(kept) // _panel_size(len(b), a.dtype)
     row_side = (row_lse.data_ptr(), row_weights.data_ptr(), row_positives.data_ptr())
     column_side = (column_lse.data_ptr(), column_weights.data_ptr(), column_positives.data_ptr())
     _C.contrast_gradient_cpu(

@@ -112,7 +112,7 @@ def test_more_rows_with_themselves_than_are_packed_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("itself", [False, True], ids=["two", "itself"])
-@pytest.mark.parametrize("num_bytes", [0, 100_000, 1 << 30], ids=["none", "some", "all"])
+@pytest.mark.parametrize("num_bytes", [0, 400_000, 1 << 30], ids=["none", "some", "all"])
 def test_gradients_have_the_same_bits_from_tiles_that_were_kept(
     num_bytes: int, itself: bool
 ) -> None:
@@ -140,7 +140,10 @@ def test_gradients_have_the_same_bits_from_tiles_that_were_kept(
 def test_nothing_is_kept_beyond_the_budget(dtype: torch.dtype) -> None:
     height, width = _C.tile_shape(getattr(_C.Dtype, dtype_name(dtype)))
     panel = 4 * height * width * -(-1000 // width)
-    assert kept_panels(1000, 1000, dtype, 3 * panel - 1)[0] == 2
+    panels = -(-1000 // height)
+    assert kept_panels(1000, 1000, dtype, panels * panel) == (panels, panels * panel // 4)
+    assert kept_panels(1000, 1000, dtype, panels * panel - 1)[0] == (panels * panel - 1) // 4 // panel
+    assert kept_panels(1000, 1000, dtype, 12 * panel - 1)[0] == 2
     assert kept_panels(0, 1000, dtype, 1 << 30) == (0, 0)
     assert kept_panels(1000, 0, dtype, 1 << 30) == (0, 0)
     with pytest.raises(ValueError, match="set_memory_budget: num_bytes must be at least 0, got -1"):

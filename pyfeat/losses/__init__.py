@@ -1,7 +1,7 @@
 """Losses over all pairs of two batches, in memory that grows with the batches and not with the pairs.
 
 Beside that, the forward pass keeps as much of the similarities for the backward pass as
-``set_memory_budget`` lets it, 256 MiB to begin with.
+``set_memory_budget`` lets it, 1 GiB to begin with.
 """
 
 from pyfeat._contrast import memory_budget, set_memory_budget
