@@ -22,9 +22,9 @@ from pyfeat._distributed import distributed_pair_softplus, distributed_pair_sums
 from pyfeat._ranks import SCHEDULES, Ranks, Schedule
 from pyfeat.losses import _group
 from pyfeat.losses._group import REDUCES, Meeting, Reduce, check_backend, global_sum
+from tests.support_contrast import CASES as TERMS
+from tests.support_contrast import cut
 from tests.support_distributed_losses import LOSS_CASES
-from tests.test_contrast import CASES as TERMS
-from tests.test_contrast import cut
 
 DIM = 24
 LARGE_BLOCK = 150  # rows and columns

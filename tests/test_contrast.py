@@ -8,68 +8,7 @@ from pyfeat import _C, reference
 from pyfeat._checks import as_matrix
 from pyfeat._contrast_cpu import KeptPairs
 from pyfeat._pairs import Pairs
-
-SIZES = [(1, 1, 1), (5, 33, 7), (97, 31, 40), (130, 481, 33), (300, 129, 257)]
-CASES = {
-    "plain": Pairs(),
-    "bias": Pairs(torch.randn(600)),
-    "positives": Pairs(None, torch.arange(600) % 13, torch.arange(600) % 17),
-    "separate positives": Pairs(
-        None, torch.arange(600), torch.arange(600).flip(0) % 450, separate_positives=True
-    ),
-    "left out": Pairs(
-        None,
-        torch.arange(600) % 5,
-        torch.arange(600) % 7,
-        torch.arange(600) % 11,
-        torch.arange(600) % 11,
-    ),
-    "kept": Pairs(
-        torch.randn(600),
-        torch.arange(600) % 5,
-        torch.arange(600) % 7,
-        torch.arange(600) % 3,
-        torch.arange(600) % 4,
-        keep_positives=True,
-    ),
-    "only positives": Pairs(
-        None, torch.arange(600) % 5, torch.arange(600) % 4, only_positives=True
-    ),
-}
-
-
-def cut(pairs: Pairs, num_rows: int, num_columns: int) -> Pairs:
-    """For so many rows and columns."""
-    bias, *ids = pairs[:5]
-    counts = (num_rows, num_columns, num_rows, num_columns)
-    kept = [None if x is None else x[:count].int() for x, count in zip(ids, counts, strict=True)]
-    return pairs._replace(
-        column_bias=None if bias is None else bias[:num_columns],
-        row_ids=kept[0],
-        column_ids=kept[1],
-        row_groups=kept[2],
-        column_groups=kept[3],
-    )
-
-
-def sums_of(a: Tensor, b: Tensor, scale: float, pairs: Pairs, isa: str) -> list[Tensor]:
-    sums = [torch.full((len(x),), float("nan"), dtype=torch.float64) for x in (a, b, a, b, a)]
-    row_lse, column_lse, row_positives, column_positives, row_largest = (x.data_ptr() for x in sums)
-    _C.log_sum_exp_cpu(
-        as_matrix(a),
-        as_matrix(b),
-        scale,
-        _C.Dtype.float32,
-        row_lse,
-        column_lse,
-        2,
-        isa,
-        KeptPairs(pairs).terms,
-        row_positives,
-        column_positives,
-        row_largest,
-    )
-    return sums
+from tests.support_contrast import CASES, SIZES, cut, sums_of
 
 
 def gradients_of(

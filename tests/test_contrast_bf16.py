@@ -21,6 +21,7 @@ from pyfeat._contrast import (
 from pyfeat._contrast_cpu import KeptPairs
 from pyfeat._pairs import Pairs
 from pyfeat.losses import clip_loss, info_nce, nt_xent, siglip_loss, supcon_loss
+from tests.support_contrast import CASES, cut, sums_of
 from tests.support_losses import (
     by_scale,
     eager_clip,
@@ -30,7 +31,6 @@ from tests.support_losses import (
     unit,
     with_gradients,
 )
-from tests.test_contrast import CASES, cut, sums_of
 
 PAIRED = [isa for isa in _C.isas() if isa in ("avx512_bf16", "amx")]
 WIDENED = [isa for isa in _C.isas() if isa not in PAIRED]

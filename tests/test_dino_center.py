@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from pyfeat.losses import DINOCenter, dino_loss
-from tests.test_distillation import inputs_of
-from tests.test_sinkhorn import unit
+from tests.support_losses import unit
+from tests.support_prototypes import inputs_of
 
 
 def test_the_centre_follows_the_mean_score() -> None:

@@ -14,8 +14,8 @@ from pyfeat import _contrast, reference
 from pyfeat._backends import Backend
 from pyfeat.losses import DINOCenter, dino_loss, ibot_loss
 from pyfeat.losses._reduction import Reduction
-from tests.support_losses import assert_as_good_as_torch, with_gradients
-from tests.test_sinkhorn import Largest, unit, usual_sinkhorn
+from tests.support_losses import assert_as_good_as_torch, unit, with_gradients
+from tests.support_prototypes import Largest, inputs_of, usual_sinkhorn
 
 # Rows, prototypes, features of student and teacher, views of student and teacher.
 SIZES = [(97, 31, 33, 20, 4, 2), (130, 257, 64, 64, 3, 2)]
@@ -61,15 +61,6 @@ def each(num_teacher_views: int, iterations: int | None, tau: float) -> Callable
         )
 
     return losses
-
-
-def inputs_of(
-    rows: int, prototypes: int, dim: int, teacher_dim: int, views: int, teacher_views: int
-) -> list[Tensor]:
-    student = [unit(rows, dim) for _ in range(views)]
-    teacher = [unit(rows, teacher_dim) for _ in range(teacher_views)]
-    heads = [unit(prototypes, dim), unit(prototypes, teacher_dim)]
-    return [*student, *teacher, *heads, 0.1 * torch.randn(prototypes)]
 
 
 @pytest.mark.parametrize("tau", [0.04, 0.5])

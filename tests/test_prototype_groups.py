@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyfeat.losses import DINOCenter, dino_loss, ibot_loss, sinkhorn, sinkhorn_assignment, swav_loss
 from pyfeat.losses._group import REDUCES
-from tests.test_sinkhorn import unit
+from tests.support_losses import unit
 
 # Rows of each process.
 SIZES = {"uneven": (9, 26), "empty": (0, 12), "nothing": (0, 0)}

@@ -13,8 +13,8 @@ from pyfeat import _contrast, reference
 from pyfeat._backends import Backend
 from pyfeat.losses import swav_loss
 from pyfeat.losses._reduction import Reduction
-from tests.support_losses import assert_as_good_as_torch, with_gradients
-from tests.test_sinkhorn import Largest, unit, usual_sinkhorn
+from tests.support_losses import assert_as_good_as_torch, unit, with_gradients
+from tests.support_prototypes import Largest, usual_sinkhorn
 
 # Rows, prototypes, features, views.
 SIZES = [(97, 31, 33, 4), (120, 300, 64, 3), (260, 129, 130, 2)]

@@ -2,33 +2,18 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfeat import reference
 from pyfeat.losses import _sinkhorn, sinkhorn, sinkhorn_assignment
+from tests.support_losses import unit
+from tests.support_prototypes import Largest, usual_sinkhorn
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (2, 3), (33, 257), (400, 30)]
-
-
-def usual_sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """As in SwAV's code, less the largest score of all."""
-    q = torch.exp((scores - scores.max()) / epsilon).T
-    num_prototypes, num_rows = q.shape
-    q = q / q.sum()
-    for _ in range(iterations):
-        q = q / q.sum(dim=1, keepdim=True) / num_prototypes
-        q = q / q.sum(dim=0, keepdim=True) / num_rows
-    return (q * num_rows).T
-
-
-def unit(rows: int, dim: int) -> Tensor:
-    return F.normalize(torch.randn(rows, dim), dim=1)
 
 
 # Scores at hand
@@ -113,27 +98,6 @@ def test_no_rows_are_no_rows_and_strides_do_not_matter() -> None:
 
 def test_scores_get_no_gradient() -> None:
     assert not sinkhorn(torch.randn(3, 4, requires_grad=True)).requires_grad
-
-
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the largest tensor that an operation makes, and elements."""
-
-    num_bytes = num_elements = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        made = func(*args, **(kwargs or {}))
-        for x in made if isinstance(made, list | tuple) else (made,):
-            # A view of what was there before makes nothing.
-            if isinstance(x, Tensor) and not any(
-                isinstance(y, Tensor)
-                and y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-                for y in args
-            ):
-                self.num_bytes = max(self.num_bytes, x.numel() * x.element_size())
-                self.num_elements = max(self.num_elements, x.numel())
-        return made
 
 
 def test_scores_are_not_copied() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from pyfeat import _contrast_blocks, _softplus_blocks, reference
 from pyfeat._pairs import Pairs
 from pyfeat._softplus import pair_softplus
-from tests.support_losses import LargestTensor
-from tests.test_double_backward import assert_second_as_good_as_torch, unit, with_second
+from tests.support_losses import LargestTensor, unit
+from tests.support_second import assert_second_as_good_as_torch, with_second
 
 # The last are off the block of 1,024 rows and columns, or meet blocks of other shapes.
 SIZES = [(1, 1), (3, 5), (40, 7), (0, 4), (4, 0), (1030, 3), (3, 1100)]
