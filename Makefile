@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt
 
-.PHONY: demo test lint bench clean
+SOURCES := $(NATIVE) README.md LICENSE $(shell find pyfeat release -type f -not -name '*.so' -not -name '*.pyc')
+
+.PHONY: demo test lint bench wheel wheel-cuda test-wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pyfeat demo --out demo --force
@@ -18,10 +20,21 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests benchmarks -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
-	! grep -rnE '^\s*#\s*@' --include='*.py' pyfeat tests benchmarks
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	! grep -rnE '^\s*#\s*@' --include='*.py' pyfeat tests benchmarks release
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks
+
+# For this machine and Python; those of a release come from .github/workflows/release.yml.
+wheel: dist/wheel.stamp
+
+wheel-cuda: dist/cuda/wheel.stamp
+
+test-wheel: dist/wheel.stamp
+	release/try_archive.sh $(BIN)/python dist/*.whl
+	release/try_archive.sh $(BIN)/python dist/*.tar.gz
+	if [ -f dist/cuda/wheel.stamp ]; then release/try_archive.sh $(BIN)/python dist/cuda/*.whl --cuda; fi
 
 clean:
 	rm -rf build dist $(VENV)
@@ -37,3 +50,15 @@ $(VENV)/demo.stamp: $(BIN)/python $(NATIVE) .ci/constraints.txt
 $(VENV)/dev.stamp: $(BIN)/python $(NATIVE) .ci/constraints.txt
 	$(PIP) --config-settings=cmake.define.PYFEAT_WARNINGS_AS_ERRORS=ON --editable '.[demo,hf]' --group dev
 	touch $@ $(VENV)/demo.stamp
+
+$(VENV)/release.stamp: $(BIN)/python .ci/constraints.txt
+	$(PIP) --group release
+	touch $@
+
+dist/wheel.stamp: $(VENV)/release.stamp $(SOURCES)
+	release/build.sh $(BIN)/python dist
+	touch $@
+
+dist/cuda/wheel.stamp: $(VENV)/release.stamp $(SOURCES)
+	release/build.sh $(BIN)/python dist/cuda --wheel -C cmake.define.PYFEAT_CUDA=ON -C build-dir=build/wheel-cuda
+	touch $@

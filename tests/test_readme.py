@@ -61,14 +61,17 @@ def test_the_pyfeat_commands_run(photos: Path) -> None:
 def test_the_make_targets_and_extras_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     project = (ROOT / "pyproject.toml").read_text()
+    cmake = (ROOT / "CMakeLists.txt").read_text()
     targets = [words[1] for words in COMMANDS if words and words[0] == "make"]
-    assert targets == ["demo", "test"]
+    assert targets == ["demo", "test", "wheel", "wheel-cuda", "test-wheel"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
     for words in COMMANDS:
         if words[:2] == ["pip", "install"]:
-            for extra in re.findall(r"\[(\w+)\]", words[2]):
+            for extra in re.findall(r"\[(\w+)\]", words[-1]):
                 assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE)
+            for option in re.findall(r"cmake\.define\.(\w+)", " ".join(words)):
+                assert f"option({option} " in cmake
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
