@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,11 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _emulated_kernels_touch_tensors_of_one_test() -> Iterator[None]:
+    yield
+    support = sys.modules.get("tests.support_cuda")
+    if support is not None and support.EMULATION is not None:
+        support.EMULATION.forget_all()
