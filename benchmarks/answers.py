@@ -1,5 +1,6 @@
 """Checks of answers before they are timed, each against float64."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
@@ -41,13 +42,11 @@ class NeighbourCheck:
         self._nearest: Tensor | None = None  # [Q, k], squared distances of an exact contender
         differences = max(1, memory.numel())
         count = max(1, min(len(queries), SAMPLE_DIFFERENCES // differences))
-        self._sample = torch.linspace(0, len(queries) - 1, count).long()
+        self._sample = torch.linspace(0, len(queries) - 1, count, device=queries.device).long()
         self._brute_force = _nearest_squared(queries[self._sample], memory, k)
 
     def __call__(self, name: str, answer: object) -> None:
-        indices = torch.as_tensor(answer)
-        self._check_form(name, indices)
-        found = self._squared_distances(indices).sort(dim=1).values  # [Q, k]
+        found = self._found(name, answer)
         if name in self._exact:
             best = self._brute_force
             if ((found[self._sample] - best).abs() > NEAR_TIE * best).any():
@@ -66,6 +65,20 @@ class NeighbourCheck:
         if wrong.any():
             message = f"{name}: wrong neighbours of {int(wrong.sum())} of {len(wrong)} queries"
             raise WrongAnswerError(message)
+
+    def share_wrong(self, name: str, answer: object) -> float:
+        """Of queries for which rows farther than those of an exact contender are found."""
+        if self._nearest is None:
+            message = f"{name}: an exact contender must come first"
+            raise WrongAnswerError(message)
+        off = self._found(name, answer) - self._nearest
+        return float((off > NEAR_TIE * self._nearest).any(dim=1).double().mean())
+
+    def _found(self, name: str, answer: object) -> Tensor:
+        """Squared distances (Q, k) of the rows that are returned, ascending."""
+        indices = torch.as_tensor(answer, device=self._queries.device).long()
+        self._check_form(name, indices)
+        return self._squared_distances(indices).sort(dim=1).values
 
     def _check_form(self, name: str, indices: Tensor) -> None:
         shape = (len(self._queries), self._k)
@@ -98,7 +111,7 @@ class NeighbourCheck:
 
 def _nearest_squared(queries: Tensor, memory: Tensor, k: int) -> Tensor:
     """(Q, k) float64 squared distances of the nearest rows, by direct differences."""
-    nearest = torch.full((len(queries), k), float("inf"), dtype=torch.float64)
+    nearest = queries.new_full((len(queries), k), float("inf"), dtype=torch.float64)
     for rows in torch.split(memory, 65_536):
         distances = torch.cdist(
             queries.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist"
@@ -157,18 +170,25 @@ def check_product(name: str, product: Tensor, left: Tensor, right: Tensor, slack
 class GradientCheck:
     """Refuses a loss or gradients that are not those of float64.
 
-    Float32 may be off by a ten-thousandth of the largest element of each.
-
     Args:
         exact: Returns loss and gradients in float64.
+        slack: Allowed error of an element, relative to the largest of its tensor; the default is what
+            float32 may be off by.
     """
 
-    def __init__(self, exact: Callable[[], Sequence[Tensor]]) -> None:
+    def __init__(self, exact: Callable[[], Sequence[Tensor]], slack: float = 1e-4) -> None:
         self._exact = exact()
+        self._slack = slack
 
     def __call__(self, name: str, answer: object) -> None:
-        found = cast("Sequence[Tensor]", answer)
+        if not self.error(answer) <= self._slack:
+            message = f"{name}: loss or gradients are off by more than rounding explains"
+            raise WrongAnswerError(message)
+
+    def error(self, answer: object) -> float:
+        """The largest of all elements, each relative to the largest of its tensor."""
+        found, errors = cast("Sequence[Tensor]", answer), []
         for ours, true in zip(found, self._exact, strict=True):
-            if not ((ours - true).abs() <= 1e-4 * true.abs().max()).all():
-                message = f"{name}: loss or gradients are off by more than float32 explains"
-                raise WrongAnswerError(message)
+            largest = float(true.abs().max()) or 1.0
+            errors.append(float((ours.double() - true).abs().max()) / largest)
+        return max(errors, key=lambda error: math.inf if math.isnan(error) else error)

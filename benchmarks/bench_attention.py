@@ -7,13 +7,8 @@ same formula is the peer in 1-D and 3-D, where nobody else has one. A rate count
 inputs and outputs once, gradients included, whatever is read again.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     MultiScaleDeformableAttention,
@@ -22,61 +17,11 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 from benchmarks.answers import GradientCheck
 from benchmarks.harness import Harness
 from benchmarks.memory import in_fresh_process, peak_memory_mb
+from benchmarks.pyramids import PYRAMID, Attention, Case, Shapes, grid_sample, step_of
 from benchmarks.timing import Contender, Work
 from pyfeat import deform_attn
 
 PACKAGES = ("transformers",)
-
-Shapes = tuple[tuple[int, ...], ...]
-# Of value, shapes, locations and weights.
-Attention = Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]
-
-PYRAMID: Shapes = ((100, 100), (50, 50), (25, 25), (13, 13))
-
-
-class Case(NamedTuple):
-    """One call: a batch of 1, 8 heads of 32 features, 4 points a level."""
-
-    shapes: Shapes
-    num_queries: int  # 0: an encoder's
-    heads: int = 8
-    dim: int = 32
-    points: int = 4
-
-    def __str__(self) -> str:
-        levels = ", ".join("×".join(map(str, shape)) for shape in self.shapes)
-        queries = self.num_queries or self.num_cells
-        return f"{queries:,} queries, levels {levels}"
-
-    @property
-    def num_cells(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes)
-
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Value (B, S, H, D), locations (B, Q, H, L, P, n), weights (B, Q, H, L, P)."""
-        generator = torch.Generator().manual_seed(0)
-        levels, ndim = len(self.shapes), len(self.shapes[0])
-        queries = self.num_queries or self.num_cells
-        size = (1, queries, self.heads, levels, self.points)
-        value = torch.randn(1, self.num_cells, self.heads, self.dim, generator=generator)
-        extents = torch.tensor(self.shapes).flip(-1).view(levels, 1, ndim)
-        if self.num_queries:
-            locations = torch.rand(*size, ndim, generator=generator)
-        else:
-            offsets = 2.5 * torch.randn(*size, ndim, generator=generator) / extents
-            locations = _centres(self.shapes).view(1, queries, 1, 1, 1, ndim) + offsets
-        # The derivative jumps where a point passes a cell, and float32 rounds to either side.
-        cells = locations * extents - 0.5
-        locations = (cells.floor() + cells.frac().abs().clamp(0.01, 0.99) + 0.5) / extents
-        logits = torch.randn(*size, generator=generator)
-        return value, locations, logits.flatten(3).softmax(dim=-1).view(size)
-
-    def num_bytes(self, *, backward: bool) -> float:
-        value, locations, weights = self.inputs()
-        inputs = 4.0 * (value.numel() + locations.numel() + weights.numel())
-        output = 4.0 * locations.shape[1] * self.heads * self.dim
-        return (2 if backward else 1) * (inputs + output)
-
 
 ENCODER, DECODER = Case(PYRAMID, 0), Case(PYRAMID, 300)
 VOLUME = Case(((32, 32, 32), (16, 16, 16), (8, 8, 8)), 4_096)
@@ -136,8 +81,8 @@ def test_extra_memory(harness: Harness, case: Case) -> None:
 def extra_memory_mb(name: str, case: Case) -> float:
     """Beyond what is returned; for a fresh process."""
     attention = {"pyfeat": ours, "transformers": transformers}[name]
-    _step(attention, TINY, backward=True)()  # loads libraries and starts threads
-    step = _step(attention, case, backward=True)
+    step_of(attention, TINY, backward=True)()  # loads libraries and starts threads
+    step = step_of(attention, case, backward=True)
     kept: list[object] = []
     peak = peak_memory_mb(lambda: kept.append(step()))
     returned = sum(x.numel() * x.element_size() for x in kept[0])  # type: ignore[attr-defined]
@@ -156,56 +101,6 @@ def transformers(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tens
     return output
 
 
-def grid_sample(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """As transformers does it, for any number of dimensions."""
-    batch, _, heads, dim = value.shape
-    queries, ndim = locations.shape[1], locations.shape[-1]
-    cells = torch.split(value, [math.prod(shape) for shape in shapes], dim=1)
-    grids = 2 * locations - 1
-    sampled = []
-    for level, shape in enumerate(shapes):
-        image = cells[level].permute(0, 2, 3, 1).reshape(batch * heads, dim, *shape)
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        if ndim == 1:
-            image, grid = image.unsqueeze(2), torch.cat([grid, torch.zeros_like(grid)], dim=-1)
-        elif ndim == 3:
-            grid = grid.unsqueeze(2)
-        values = F.grid_sample(image, grid, align_corners=False)
-        sampled.append(values.view(batch * heads, dim, queries, -1))
-    by_head = weights.transpose(1, 2).flatten(0, 1).flatten(2).unsqueeze(1)
-    output = (torch.cat(sampled, dim=-1) * by_head).sum(dim=-1)
-    return output.view(batch, heads * dim, queries).transpose(1, 2).contiguous()
-
-
-def _centres(shapes: Shapes) -> Tensor:
-    """(S, n), x first, in [0, 1]."""
-    levels = []
-    for shape in shapes:
-        axes = [(torch.arange(size) + 0.5) / size for size in shape]
-        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
-        levels.append(grid.flip(-1).reshape(-1, len(shape)))
-    return torch.cat(levels)
-
-
-def _step(
-    attention: Attention, case: Case, *, backward: bool, dtype: torch.dtype = torch.float32
-) -> Callable[[], Sequence[Tensor]]:
-    """Output, and the gradients by all inputs of its product with normal numbers."""
-    value, locations, weights = (x.to(dtype) for x in case.inputs())
-    size = (1, locations.shape[1], case.heads * case.dim)
-    upstream = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-    def run() -> Sequence[Tensor]:
-        if not backward:
-            with torch.no_grad():
-                return (attention(value, case.shapes, locations, weights),)
-        leaves = [x.detach().requires_grad_() for x in (value, locations, weights)]
-        output = attention(leaves[0], case.shapes, *leaves[1:])
-        return (output.detach(), *torch.autograd.grad(output, leaves, upstream))
-
-    return run
-
-
 def _race(
     harness: Harness,
     case: Case,
@@ -220,8 +115,8 @@ def _race(
         attentions |= {f"{name}, compiled": torch.compile(peer) for name, peer in peers.items()}
     work = Work(case.num_bytes(backward=backward), "read")
     contenders = [
-        Contender(name, _step(attention, case, backward=backward), name == "pyfeat", work)
+        Contender(name, step_of(attention, case, backward=backward), name == "pyfeat", work)
         for name, attention in attentions.items()
     ]
-    exact = _step(grid_sample, case, backward=backward, dtype=torch.float64)
+    exact = step_of(grid_sample, case, backward=backward, dtype=torch.float64)
     harness.race(case, contenders, check=GradientCheck(exact))

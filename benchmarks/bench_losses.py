@@ -9,7 +9,7 @@ operations, for the similarities and both gradients.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 import pytest
 import torch
@@ -19,7 +19,14 @@ from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from torch import Tensor, nn
 
 from benchmarks.answers import GradientCheck
-from benchmarks.data import normal_features
+from benchmarks.eager_losses import (
+    Batch,
+    eager_clip,
+    eager_info_nce,
+    eager_nt_xent,
+    eager_siglip,
+    eager_supcon,
+)
 from benchmarks.harness import Harness
 from benchmarks.memory import in_fresh_process, peak_memory_mb
 from benchmarks.timing import Contender, Work
@@ -30,22 +37,6 @@ MASK_LIMIT = 4e9  # bytes
 
 # Of features of both views and learnable numbers, of which the first is the scale of the similarities.
 Loss = Callable[..., Tensor]
-
-
-class Batch(NamedTuple):
-    """Pairs of features."""
-
-    num_pairs: int
-    dim: int
-
-    def __str__(self) -> str:
-        return f"{self.num_pairs:,} pairs × {self.dim}"
-
-    def features(self) -> tuple[Tensor, Tensor]:
-        """(N, D) each."""
-        a = normal_features(self.num_pairs, self.dim, seed=0)
-        b = normal_features(self.num_pairs, self.dim, seed=1)
-        return F.normalize(a, dim=1), F.normalize(a + 3 * b, dim=1)
 
 
 @pytest.mark.sizes(
@@ -149,42 +140,6 @@ def extra_memory_mb(batch: Batch) -> float:
     a, b = batch.features()
     _step(clip_loss, a[:64], b[:64], 20.0)()  # loads libraries and starts threads
     return peak_memory_mb(_step(clip_loss, a, b, 20.0)) - 2 * 4 * a.numel() / 2**20
-
-
-def eager_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """As in open_clip: both matrices of logits."""
-    labels = torch.arange(len(image))
-    per_image = logit_scale * image @ text.T
-    per_text = logit_scale * text @ image.T
-    return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
-
-
-def eager_nt_xent(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
-    """All similarities of both views, without the diagonal."""
-    z = torch.cat([z1, z2])
-    logits = scale * z @ z.T
-    logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z1)))
-
-
-def eager_siglip(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-    """As in open_clip."""
-    logits = logit_scale * image @ text.T + logit_bias
-    labels = 2 * torch.eye(len(image), dtype=logits.dtype) - 1
-    return -F.logsigmoid(labels * logits).sum() / len(image)
-
-
-def eager_info_nce(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-    return F.cross_entropy(scale * queries @ keys.T, torch.arange(len(queries)))
-
-
-def eager_supcon(features: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    """The average outside the logarithm."""
-    self_pairs = torch.eye(len(features), dtype=torch.bool)
-    logits = (scale * features @ features.T).masked_fill(self_pairs, -torch.inf)
-    positive = (labels[:, None] == labels) & ~self_pairs
-    log_p = logits.log_softmax(dim=1).where(positive, 0.0)
-    return -(log_p.sum(dim=1) / positive.sum(dim=1)).mean()
 
 
 def linear_cross_entropy(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from threadpoolctl import threadpool_limits
 
 import pyfeat
 from benchmarks.records import UNITS, Peak
@@ -24,6 +23,8 @@ FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "am
 
 def use_threads(num_threads: int) -> None:
     """Give every OpenMP and BLAS loaded so far, and torch, the same number of threads."""
+    from threadpoolctl import threadpool_limits
+
     torch.set_num_threads(num_threads)
     threadpool_limits(limits=num_threads)
 
@@ -80,7 +81,7 @@ def describe_machine(
     """
     flags = _cpuinfo("flags").split()
     versions = ", ".join(
-        f"{package} {_version(package)}" for package in ("torch", "numpy", *sorted(packages))
+        f"{package} {package_version(package)}" for package in ("torch", "numpy", *sorted(packages))
     )
     return [
         f"processor: {_cpuinfo('model name') or platform.processor() or platform.machine()}, "
@@ -92,7 +93,7 @@ def describe_machine(
         f"measured peak: {', '.join(_peak_lines(peaks)) or f'not measured ({peaks.missing})'}",
         f"versions: pyfeat {pyfeat.__version__}, {versions}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",
-        f"commit: {_commit()}, {datetime.now(timezone.utc):%Y-%m-%d}",
+        f"commit: {commit_name()}, {datetime.now(timezone.utc):%Y-%m-%d}",
     ]
 
 
@@ -126,14 +127,16 @@ def _caches() -> Iterable[str]:
         yield f"L{level}{letter} {size}"
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Of a distribution, or "missing"."""
     try:
         return version(package)
     except PackageNotFoundError:
         return "missing"
 
 
-def _commit() -> str:
+def commit_name() -> str:
+    """Of this checkout, marked if it is dirty."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return _output(command).strip()

@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks.timing import Summary
 
 # Billions a second, by resource.
-UNITS = {"float32": "GFLOP/s", "bf16": "GFLOP/s", "int8": "GOP/s", "read": "GB/s"}
+UNITS = dict.fromkeys(("float32", "tf32", "bf16"), "GFLOP/s")
+UNITS |= {"int8": "GOP/s", "read": "GB/s", "copy": "GB/s"}
 
 
 @dataclass(frozen=True)
