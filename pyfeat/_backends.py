@@ -21,7 +21,8 @@ Backend = Literal["cpu", "cuda", "triton", "reference"]
 Obstacles = Callable[[str, Tensor, int], list[str]]
 
 _TRITON_OPS = (
-    *("knn", "info_nce", "clip_loss", "siglip_loss", "supcon_loss", "nt_xent"),
+    *("knn", "deform_attn"),
+    *("info_nce", "clip_loss", "siglip_loss", "supcon_loss", "nt_xent"),
     *("sinkhorn_assignment", "swav_loss", "dino_loss", "ibot_loss"),
 )
 _TRITON_CAPABILITY = (8, 0)  # bfloat16 on tensor cores

@@ -1,8 +1,21 @@
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Without it, cuBLAS has no deterministic algorithms. It is read when a device is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests that need no GPU but use one where there is one, instead of the interpreter, as gpu."""
+    for item in items:
+        module = item.getparent(pytest.Module)
+        if module is not None and getattr(module.obj, "DEVICE", "cpu") == "cuda":
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyfeat.losses import clip_loss, info_nce, nt_xent, supcon_loss, swav_loss
+
 
 def unit(rows: int, dim: int) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(rows, dim), dim=1)
@@ -130,3 +132,23 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())
         return found
+
+
+def _ids(features: Tensor, count: int) -> Tensor:
+    return torch.arange(len(features), device=features.device) % count
+
+
+# Of two sets of features and a scale; they take the options of all losses.
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "clip": lambda a, b, s, **o: clip_loss(a, b, s, **o),
+    "info_nce": lambda a, b, s, **o: info_nce(a, b, temperature=1 / s, extra_keys=b / 2, **o),
+    "false negatives": lambda a, b, s, **o: info_nce(
+        a, b, temperature=1 / s, query_ids=_ids(a, 9), key_ids=_ids(b, 9), symmetric=True, **o
+    ),
+    "supcon": lambda a, b, s, **o: supcon_loss(a, _ids(a, 11), temperature=1 / s, **o),
+    "supcon in": lambda a, b, s, **o: supcon_loss(
+        b, _ids(a, 11), temperature=1 / s, average="in", **o
+    ),
+    "nt_xent": lambda a, b, s, **o: nt_xent(a, b, temperature=1 / s, **o),
+    "swav": lambda a, b, s, **o: swav_loss([a, b], b[:40] * s, **o),
+}

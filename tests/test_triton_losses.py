@@ -11,7 +11,8 @@ from pyfeat import _contrast_cuda, _softplus, reference
 from pyfeat._backends import select_backend
 from pyfeat._contrast import Pairs, WeightedSide, weighted_features
 from pyfeat._softplus import pair_softplus
-from pyfeat.losses import clip_loss, info_nce, nt_xent, supcon_loss, swav_loss
+from pyfeat.losses import clip_loss
+from tests.support_losses import LOSSES
 from tests.support_triton import (
     DEVICE,
     UNITS,
@@ -193,24 +194,6 @@ def test_weights_without_a_sum_to_refer_to_are_none() -> None:
 
 # Whole losses
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "clip": lambda a, b, s, **o: clip_loss(a, b, s, **o),
-    "info_nce": lambda a, b, s, **o: info_nce(a, b, temperature=1 / s, extra_keys=b / 2, **o),
-    "false negatives": lambda a, b, s, **o: info_nce(
-        a, b, temperature=1 / s, query_ids=_ids(a, 9), key_ids=_ids(b, 9), symmetric=True, **o
-    ),
-    "supcon": lambda a, b, s, **o: supcon_loss(a, _ids(a, 11), temperature=1 / s, **o),
-    "supcon in": lambda a, b, s, **o: supcon_loss(
-        b, _ids(a, 11), temperature=1 / s, average="in", **o
-    ),
-    "nt_xent": lambda a, b, s, **o: nt_xent(a, b, temperature=1 / s, **o),
-    "swav": lambda a, b, s, **o: swav_loss([a, b], b[:40] * s, **o),
-}
-
-
-def _ids(features: Tensor, count: int) -> Tensor:
-    return torch.arange(len(features), device=features.device) % count
-
 
 @pytest.mark.parametrize("case", LOSSES)
 def test_losses_and_their_gradients_are_those_of_the_reference(case: str) -> None:
@@ -290,24 +273,3 @@ def test_the_library_and_our_kernel_add_the_same(dtype: torch.dtype) -> None:
     assert contrast_products._library_adds(gradient)
     contrast_products._add_product(sums[1], gradient[:300, :200], values[:200])
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype", UNITS)
-def test_large_batches_are_right_within_the_workspace(dtype: torch.dtype) -> None:
-    a, b = (torch.nn.functional.normalize(torch.randn(9000, 112), dim=1) for _ in range(2))
-    leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (a, b)]
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    loss = clip_loss(leaves[0], leaves[1], 20.0)
-    gradients = torch.autograd.grad(loss, leaves)
-    # In float32: the gradients, and vectors for each row and column.
-    kept = sum(x.numel() * (4 + x.element_size()) + 200 * len(x) for x in leaves)
-    assert torch.cuda.max_memory_allocated() - before <= kept + (64 << 20)
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    exact = clip_loss(wide[0], wide[1], 20.0)
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0.0)
-    for mine, true in zip(gradients, torch.autograd.grad(exact, wide), strict=True):
-        allowed = max(2 * UNITS[dtype], 1e-5) * float(true.abs().max())
-        torch.testing.assert_close(mine.double(), true, rtol=4 * UNITS[dtype], atol=allowed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyfeat import reference
 from tests.support import assert_exact_neighbours, make_features
-from tests.support_triton import DEVICE, METRICS, frame, rank, shortlist, similarity, triton_knn
+from tests.support_triton import METRICS, frame, rank, shortlist, similarity, triton_knn
 
 
 def _assert_exact(queries: Tensor, memory: Tensor, k: int, metric: str) -> None:
@@ -278,24 +278,3 @@ def test_what_a_gpu_cannot_do_is_refused() -> None:
 def test_importing_the_package_does_not_import_triton(module: str) -> None:
     code = f"import sys, {module}; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("kind", ["plain", "shifted", "duplicated"])
-@pytest.mark.parametrize(
-    ("shape", "k"), [((4096, 100_000, 384), 1), ((784, 16_384, 1536), 9), ((1, 200_000, 768), 64)]
-)
-def test_large_sizes_are_exact_within_the_workspace(
-    kind: str, shape: tuple[int, int, int], k: int
-) -> None:
-    queries, memory = (x.to(DEVICE) for x in make_features(kind, *shape))
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    distances, indices = similarity.knn(queries, memory, k, "euclidean")
-    torch.cuda.synchronize()
-    outputs = distances.nbytes + indices.nbytes
-    assert torch.cuda.max_memory_allocated() - before <= outputs + (256 << 20)
-    some = torch.randperm(shape[0])[:17].to(DEVICE)
-    found = distances[some].cpu(), indices[some].cpu()
-    assert_exact_neighbours(*found, queries[some].cpu(), memory.cpu(), k, "euclidean")
