@@ -1,7 +1,8 @@
 """What the compiler makes of the Triton kernels; needs no GPU.
 
 The launchers run on meta tensors, so that what is compiled is what would be launched. That happens in
-a process of its own: in this one, Triton may be set to interpret.
+a process of its own: in this one, Triton may be set to interpret. Each branch of each kernel, each
+dtype and each tile is compiled for some launch; ``benchmarks.prove_compilation`` compiles all launches.
 """
 
 import importlib.util
@@ -21,6 +22,7 @@ import torch
 from pyfeat._pairs import Pairs, WeightedSide
 
 ARCHS = (80, 90)
+EVERY_LAUNCH = "PYFEAT_EVERY_LAUNCH"  # of the environment: compile what all launches ask for
 # Bytes of shared memory that one program may have.
 SHARED_MEMORY = {
     80: 99 << 10,
@@ -138,20 +140,23 @@ def test_corners_are_read_and_added_to_16_bytes_at_a_time(
                 assert kernel["instructions"]["red.v4"] >= corners, kernel
 
 
-def _search_launches() -> None:
+def _search_launches(arch: int, every: bool) -> None:
     """What covers every tile, group size, metric, dtype and kind of mask."""
     from pyfeat._triton import similarity
 
     metrics = ("euclidean", "cosine", "inner_product")
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    numbers = (1, 9, 64)
+    masked = list(itertools.product((1, 33, 500), ("none", "rows", "pairs")))
+    kinds = list(itertools.product(metrics, dtypes, numbers))
+    if not every:  # other combinations on each architecture
+        turn = ARCHS.index(arch)
+        turned = dtypes[turn:] + dtypes[:turn], numbers[2 * turn :] + numbers[: 2 * turn]
+        kinds, masked = list(zip(metrics, *turned, strict=True)), [masked[i] for i in (2, 3, 7)]
     cases: list[tuple[int, int, int, int, str, torch.dtype, str]] = [
-        (784, 16_384, 384, k, metric, dtype, "none")
-        for metric, dtype, k in itertools.product(metrics, dtypes, (1, 9, 64))
+        (784, 16_384, 384, k, metric, dtype, "none") for metric, dtype, k in kinds
     ]
-    cases += [
-        (num_queries, 70_000, 384, 4, "euclidean", torch.float32, mask)
-        for num_queries, mask in itertools.product((1, 33, 500), ("none", "rows", "pairs"))
-    ]
+    cases += [(count, 70_000, 384, 4, "euclidean", torch.float32, mask) for count, mask in masked]
     cases += [(1, 1, 1, 1, "euclidean", torch.float32, "pairs")]
     for num_queries, num_rows, dim, k, metric, dtype, mask in cases:
         shape = {"rows": (num_rows,), "pairs": (num_queries, num_rows)}.get(mask)
@@ -164,7 +169,7 @@ def _search_launches() -> None:
         )
 
 
-def _contrast_launches() -> None:
+def _contrast_launches(arch: int, every: bool) -> None:
     """What covers every tile and dtype, with all that may be said of pairs, and with nothing."""
     from pyfeat._triton import contrast
 
@@ -180,10 +185,14 @@ def _contrast_launches() -> None:
             "all": Pairs(empty(count, dtype=torch.float32), ids, ids, ids, ids, True, True),
         }[kind]
 
-    cases = [(4096, 512, torch.bfloat16, kind) for kind in ("none", "clip", "itself", "all")]
-    cases += [(4096, 512, torch.float32, kind) for kind in ("clip", "all")]
-    cases += [(4096, 512, torch.float16, "clip"), (4096, 112, torch.bfloat16, "clip")]
-    cases += [(200, 512, torch.bfloat16, "all"), (200, 512, torch.float32, "clip")]
+    cases = [(4096, 512, torch.bfloat16, kind) for kind in ("all", "itself")]
+    cases += [(4096, 512, torch.float32, "clip"), (4096, 512, torch.float16, "clip")]
+    cases += [(200, 512, torch.bfloat16, "all")]
+    if every or arch == 90:
+        cases += [(4096, 112, torch.bfloat16, "clip"), (200, 512, torch.float32, "all")]
+    if every:
+        cases += [(4096, 512, torch.bfloat16, kind) for kind in ("none", "clip")]
+        cases += [(4096, 512, torch.float32, "all"), (200, 512, torch.float32, "clip")]
     for count, dim, dtype, kind in cases:
         features = empty(count, dim, dtype=dtype)
         pairs, itself = pairs_of(kind, count), kind == "itself"
@@ -195,12 +204,12 @@ def _contrast_launches() -> None:
         contrast.pair_gradients(*inputs, side, side if columns else None, wanted)
         if kind in ("none", "all"):
             continue
-        for gradient in (False, True):
+        for gradient in (False, True) if every or kind == "all" else (True,):
             wanted = contrast.Wanted(gradient, gradient)
             contrast.pair_softplus(*inputs[:3], empty(), pairs, side.lse, wanted)
 
 
-def _sampling_launches() -> None:
+def _sampling_launches(arch: int, every: bool) -> None:
     """What covers all dimensions, dtypes and modes, few queries and the cells of levels."""
     from pyfeat import _sampling_cuda
 
@@ -214,10 +223,16 @@ def _sampling_launches() -> None:
     zeros, border = (False, False, False, True), (True, True, False, False)
     discrete = (False, False, True, True)
     half, single, double = torch.bfloat16, torch.float32, torch.float64
-    cases = [(shapes, 32, dtype, 0, zeros) for shapes in (plane, space) for dtype in (single, half)]
-    cases += [(shapes, 32, single, 300, border) for shapes in (line, plane, wide)]
-    cases += [(space, 32, double, 0, zeros), (plane, 32, torch.float16, 300, discrete)]
-    cases += [(plane, dim, single, 900, zeros) for dim in (5, 1024)]
+    cases = [(plane, 32, single, 0, zeros), (space, 32, half, 0, zeros)]
+    cases += [(line, 32, single, 300, border), (plane, 32, torch.float16, 300, discrete)]
+    cases += [(plane, 1024, single, 900, zeros)]
+    if every or arch == 90:
+        cases += [(wide, 32, single, 300, border), (plane, 5, single, 900, zeros)]
+    if every or arch == 80:
+        cases += [(space, 32, double, 0, zeros)]
+    if every:
+        cases += [(plane, 32, half, 0, zeros), (space, 32, single, 0, zeros)]
+        cases += [(plane, 32, single, 300, border)]
     for shapes, dim, dtype, num_queries, modes in cases:
         cells = sum(math.prod(shape) for shape in shapes)
         rows = (2, num_queries or cells, 8, 4 * len(shapes))
@@ -230,7 +245,8 @@ def _sampling_launches() -> None:
             *modes,
         )
         grad_output = empty(*rows[:2], 8 * dim, dtype=dtype)
-        for sorts in (False, True) if dtype in (single, double) else (False,):
+        sorted_too = dtype in (single, double) and (every or shapes is not line)
+        for sorts in (False, True) if sorted_too else (False,):
             torch.use_deterministic_algorithms(sorts)
             _sampling_cuda.forward(*arguments)
             _sampling_cuda.backward(*arguments, grad_output, True, True, True)
@@ -312,9 +328,8 @@ def _compile_all(arch: int) -> None:
 
     JITFunction.run = record
     tiles._major_capability = lambda device: arch // 10
-    _search_launches()
-    _contrast_launches()
-    _sampling_launches()
+    for launches in (_search_launches, _contrast_launches, _sampling_launches):
+        launches(arch, EVERY_LAUNCH in os.environ)
     for kernel, values, options in recorded.values():
         sys.stdout.write(json.dumps(_compile(arch, kernel, values, options)) + "\n")
 
