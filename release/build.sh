@@ -12,6 +12,7 @@ if [ "$(uname)" = Linux ]; then
     "$python" -m auditwheel repair --wheel-dir "$folder" "$raw"/*.whl
     rm "$raw"/*.whl
 fi
-mv "$raw"/* "$folder"
+find "$raw" -type f -exec mv {} "$folder" \;
 rmdir "$raw"
-"$python" "$(dirname "$0")/check_archives.py" "$folder"/*.whl $(compgen -G "$folder/*.tar.gz" || true)
+find "$folder" -maxdepth 1 \( -name '*.whl' -o -name '*.tar.gz' \) \
+    -exec "$python" "$(dirname "$0")/check_archives.py" {} +

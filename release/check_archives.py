@@ -32,10 +32,11 @@ NEEDED = {
 # The newest symbols of manylinux_2_28: what AlmaLinux 8 has.
 CEILINGS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 # Symbols that carry a newer version when built on a newer system and are not needed, or exist in
-# an older version, when built on the oldest: those of libpthread and libdl (moved in glibc 2.34),
-# of libm without errno (2.29), and what headers of newer compilers call.
+# an older version, when built on the oldest: those of libpthread, libdl and librt (moved in glibc
+# 2.34), of libm without errno (2.29), and what headers of newer compilers call.
 RENEWED = re.compile(
-    r"pthread_\w+|sem_\w+|dl(open|sym|close|error|addr)|(exp|exp2|log|log2|pow)f?"
+    r"(pthread|sem|timer)_\w+|dl(m?open|v?sym|close|error|addr1?|info)|shm_(open|unlink)"
+    r"|(exp|exp2|log|log2|pow)f?"
     r"|__libc_single_threaded|__isoc23_\w+|f?stat(64)?|__libc_start_main"
     r"|_ZSt28__throw_bad_array_new_lengthv|_ZNSt18condition_variable\w+"
     r"|_ZNSt7__cxx1119basic_ostringstream\w+C1Ev|_ZNSt15__exception_ptr13exception_ptr\w+"
