@@ -39,14 +39,13 @@ _FLAGS = (
     *("-DPYFEAT_EMULATED_CUDA", '-DPYFEAT_VERSION="emulated"'),
     '-DPYFEAT_CUDA_ARCHITECTURES="80-real,90a-real"',
 )
-# Every access of a kernel calls a hook.
+# Every access of a kernel calls a hook; lines are for messages.
+_UNDEFINED = (
+    "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow"
+)
 _KERNEL_FLAGS = (
-    "-x",
-    "c++",
-    "-O1",
-    "-fsanitize=thread",
-    "-fno-threadsafe-statics",
-    *("--param", "tsan-distinguish-volatile=1"),
+    *("-x", "c++", "-O1", "-g1", "-fno-threadsafe-statics"),
+    *("-fsanitize=thread", f"-fsanitize={_UNDEFINED}", "--param", "tsan-distinguish-volatile=1"),
 )
 _MODULE_SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 

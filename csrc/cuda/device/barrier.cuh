@@ -29,6 +29,12 @@ __device__ inline void barrier_init_fence() {
                      : "memory");
 }
 
+// What this thread has written to shared memory, or seen written, may be read by products of
+// warpgroups and by the copy engine.
+__device__ inline void fence_proxy_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __device__ inline void barrier_arrive(std::uint64_t* barrier) {
     asm volatile(
         "mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))

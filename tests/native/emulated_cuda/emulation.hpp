@@ -15,6 +15,7 @@
 //   for;
 //   - two threads of a block at the same byte without a barrier between, unless both read or both
 //     are atomic; two blocks of a grid at the same byte of a buffer likewise;
+//   - addresses that are not aligned, indices past an array, integers that overflow;
 //   - products of a warpgroup without fence, commit or wait, or of what no proxy fence has
 //   published.
 #pragma once
@@ -56,7 +57,7 @@ struct Grid {
 void launch(Grid grid,
             Grid block,
             std::size_t shared_bytes,
-            const char* kernel,
+            const void* kernel,
             void (*body)(void*),
             void* arguments,
             std::size_t argument_bytes);

@@ -193,11 +193,11 @@ T atomic(T* address, Combine combine, Here here) {
 
 }  // namespace emulated_cuda
 
-#define PYFEAT_ATOMIC(name, formula)                                                   \
-    template <typename T>                                                              \
-    T atomic##name(T* address, std::common_type_t<T> value, Here here = Here::now()) { \
-        return emulated_cuda::atomic(                                                  \
-            address, [&](T old) { return static_cast<T>(formula); }, here);            \
+#define PYFEAT_ATOMIC(name, formula)                                                         \
+    template <typename T>                                                                    \
+    T atomic##name(T* address, std::common_type_t<T> value, Here here = Here::now()) {       \
+        return emulated_cuda::atomic(                                                        \
+            address, [&]([[maybe_unused]] T old) { return static_cast<T>(formula); }, here); \
     }
 PYFEAT_ATOMIC(Add, old + value)
 PYFEAT_ATOMIC(Sub, old - value)

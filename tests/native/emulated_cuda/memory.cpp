@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which bytes a kernel may touch, and whether threads race for them.
-#include <cxxabi.h>
 #include <dlfcn.h>
 #include <link.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <unordered_map>
@@ -253,20 +253,37 @@ void access(const void* address, std::size_t bytes, Access kind, bool aligned, v
 
 }  // namespace
 
-Here resolved(Here here) {
-    if (here.file != kHooked) {
-        return here;
-    }
-    static std::string name;
-    name = "?";
+bool is_hooked(Here here) {
+    return here.file == kHooked;
+}
+
+std::string place_of(const void* code) {
     Dl_info info;
-    if (dladdr(hooked, &info) != 0 && info.dli_sname != nullptr) {
-        int status = 0;
-        char* text = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-        name = text != nullptr ? text : info.dli_sname;
-        std::free(text);
+    if (dladdr(code, &info) == 0) {
+        return "?";
     }
-    return {name.c_str(), 0};
+    const auto offset =
+        reinterpret_cast<std::uintptr_t>(code) - reinterpret_cast<std::uintptr_t>(info.dli_fbase);
+    char command[1024];
+    std::snprintf(command,
+                  sizeof(command),
+                  "addr2line --demangle --functions --pretty-print --basenames --exe='%s' %#zx",
+                  info.dli_fname,
+                  static_cast<std::size_t>(offset));
+    std::string line;
+    if (FILE* pipe = popen(command, "r")) {
+        char text[512];
+        while (std::fgets(text, sizeof(text), pipe) != nullptr) {
+            line += text;
+        }
+        pclose(pipe);
+    }
+    line.erase(std::min(line.find('\n'), line.size()));
+    return line;
+}
+
+const void* hooked_code() {
+    return static_cast<const char*>(hooked) - 1;  // the call, not what follows
 }
 
 void allow(const void* address, std::size_t bytes) {

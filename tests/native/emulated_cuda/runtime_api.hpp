@@ -188,7 +188,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
         {grid.x, grid.y, grid.z},
         {block.x, block.y, block.z},
         config->dynamicSmemBytes,
-        __PRETTY_FUNCTION__,
+        reinterpret_cast<const void*>(kernel),
         [](void* data) {
             const auto& [function, parameters] = *static_cast<decltype(call)*>(data);
             std::apply(function, parameters);

@@ -111,6 +111,7 @@ struct Block {
     std::uint64_t progress = 0;
     int idle_rounds_allowed = 0;  // of threads that ask again and again
     std::string error;
+    const void* error_code = nullptr;  // where, if the error does not say
 
     char* shared = nullptr;  // the window
     std::size_t shared_bytes = 0;
@@ -126,8 +127,10 @@ Block& block();
 // Back to the scheduler, until somebody makes this thread ready again.
 void pause(const char* waits_for, Here here);
 
-// With the name of the function where a hook of the compiler was called from.
-Here resolved(Here here);
+// Function, file and line of code, and of the latest access that a hook has seen.
+std::string place_of(const void* code);
+const void* hooked_code();
+bool is_hooked(Here here);  // from there, without a line of its own
 
 // What memory.cpp keeps of buffers.
 void begin_grid(const void* arguments, std::size_t argument_bytes);

@@ -81,6 +81,7 @@ void report_deadlock() {
 void begin_block(Grid position, Grid size, std::size_t shared_bytes) {
     Block& b = block();
     b.error.clear();
+    b.error_code = nullptr;
     b.performs = false;
     b.idle_rounds_allowed = 0;
     b.shared_bytes = shared_bytes;
@@ -166,9 +167,15 @@ void fail(Here here, const char* format, ...) {
     std::vsnprintf(text, sizeof(text), format, arguments);
     va_end(arguments);
     Thread& thread = *block().current;
-    thread.here = resolved(here);
+    thread.here = here;
     thread.waits_for = text;
-    block().error = "thread " + std::to_string(thread.index) + ": " + place_of(thread);
+    block().error = "thread " + std::to_string(thread.index) + ": ";
+    if (is_hooked(here)) {
+        block().error += text;
+        block().error_code = hooked_code();
+    } else {
+        block().error += place_of(thread);
+    }
     thread.fiber.pause();
     __builtin_unreachable();
 }
@@ -191,7 +198,7 @@ void let_others_run(const char* what, Here here) {
 void launch(Grid grid,
             Grid size,
             std::size_t shared_bytes,
-            const char* kernel,
+            const void* kernel,
             void (*function)(void*),
             void* arguments,
             std::size_t argument_bytes) {
@@ -217,8 +224,12 @@ void launch(Grid grid,
         begin_block({x, y, z}, size, shared_bytes);
         run_block();
         if (!b.error.empty()) {
-            throw std::logic_error(std::string(kernel) + ", block (" + std::to_string(x) + ", " +
-                                   std::to_string(y) + ", " + std::to_string(z) + "), " + b.error);
+            std::string error = "block (" + std::to_string(x) + ", " + std::to_string(y) + ", " +
+                                std::to_string(z) + "), " + b.error;
+            if (b.error_code != nullptr) {
+                error += " (" + place_of(b.error_code) + ")";
+            }
+            throw std::logic_error(error + ", in " + place_of(kernel));
         }
     }
 }

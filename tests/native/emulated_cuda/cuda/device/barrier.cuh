@@ -18,6 +18,9 @@ inline void barrier_init(std::uint64_t* barrier, int arrivals, Here here = Here:
 inline void barrier_init_fence() {
     emulated_cuda::fence_barrier_init();
 }
+inline void fence_proxy_async() {
+    emulated_cuda::fence_proxy_async();
+}
 inline void barrier_arrive(std::uint64_t* barrier, Here here = Here::now()) {
     emulated_cuda::barrier_arrive(barrier, 0, here);
 }
