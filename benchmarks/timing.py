@@ -84,6 +84,14 @@ class Pace:
     # Between two calls: the threads of one library spin for some milliseconds after their work, and
     # would take the processor from the next.
     pause: float = 0.02
+    # A turn of shorter calls repeats them until so many seconds have passed: what a loop sees, with
+    # inputs that were just written, not how long a processor takes to wake up.
+    turn: float = 0.02
+    most_repeats: int = 100
+
+    def repeats_for(self, seconds: float) -> int:
+        """Calls of one turn of a contender that takes ``seconds``."""
+        return min(self.most_repeats, max(1, math.ceil(self.turn / max(seconds, 1e-9))))
 
     def rounds_for(self, seconds: float, turn: float) -> int:
         """Rounds of a contender that takes ``seconds``, where all fast ones take ``turn``."""
@@ -94,14 +102,15 @@ class Pace:
         return min(self.most_rounds, max(self.rounds, math.ceil(self.seconds / max(turn, 1e-9))))
 
 
-QUICK_PACE = Pace(rounds=2, most_rounds=2, pause=0.0)
+QUICK_PACE = Pace(rounds=2, most_rounds=2, pause=0.0, most_repeats=1)
 
 
 class Turns:
     """Contenders, warmed up and checked, that take turns.
 
     Args:
-        contenders: With different names; the first call of each warms it up.
+        contenders: With different names; the first call of each warms it up, the second says how often
+            a turn calls it.
         check: Called with the name and the answer of each; raises ``WrongAnswerError``.
         pace: How many rounds.
 
@@ -123,9 +132,15 @@ class Turns:
         self._pause = pace.pause
         self._round = 0
         first: dict[str, float] = {}
+        self._repeats = dict.fromkeys(self.seconds, 1)
         for each in contenders:
             first[each.name], answer = self._timed(each)
             check(each.name, answer)
+        for each in contenders:
+            if pace.most_repeats > 1 and first[each.name] <= pace.very_slow:
+                first[each.name], _ = self._timed(each)  # warm
+                self._repeats[each.name] = pace.repeats_for(first[each.name])
+                first[each.name] *= self._repeats[each.name]
         turn = sum(seconds for seconds in first.values() if seconds <= pace.slow)
         self._rounds = {name: pace.rounds_for(seconds, turn) for name, seconds in first.items()}
 
@@ -142,6 +157,8 @@ class Turns:
 
     def _timed(self, contender: Contender) -> tuple[float, object]:
         time.sleep(self._pause)
+        repeats, answer = self._repeats[contender.name], None
         began = time.perf_counter()
-        answer = contender.run()
-        return time.perf_counter() - began, answer
+        for _ in range(repeats):
+            answer = contender.run()
+        return (time.perf_counter() - began) / repeats, answer

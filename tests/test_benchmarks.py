@@ -52,6 +52,26 @@ def test_slow_calls_run_in_fewer_rounds(seconds: float, rounds: int) -> None:
     assert Pace().rounds_for(seconds, turn=seconds) == rounds
 
 
+def test_short_calls_are_repeated_within_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], {"short": 0, "long": 0}
+
+    def call(name: str, seconds: float) -> None:
+        calls[name] += 1
+        now[0] += seconds
+
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: now[0])
+    contenders = [
+        Contender("short", lambda: call("short", 0.25)),
+        Contender("long", lambda: call("long", 4.0)),
+    ]
+    turns = Turns(contenders, lambda name, answer: None, Pace(pause=0.0, turn=1.0))
+    assert calls == {"short": 2, "long": 2}
+    turns.take()
+    assert calls == {"short": 6, "long": 3}
+    assert turns.seconds == {"short": [0.25], "long": [4.0]}
+    assert Pace().repeats_for(1e-6) == 100
+
+
 def test_contenders_take_turns_backwards_every_other_time() -> None:
     calls: list[str] = []
     contenders = [Contender(name, lambda name=name: calls.append(name)) for name in "abc"]  # type: ignore[misc]
