@@ -19,6 +19,7 @@ struct PointTable {
     int num_dims;
     std::int64_t num_points;  // T
     std::int64_t num_slots;   // T filled up
+    std::int64_t num_far;     // the points from the first to the last of a level that fills caches
     // u = location * factor - shift
     const Real* factors[kMaxDims];  // [slots]
     Real shift;
@@ -128,11 +129,11 @@ struct SamplingTable {
     }
 };
 
-// Scratch of one call, in numbers of 8 bytes: at most 32 arrays over the slots and 8 over their
-// corners.
+// Scratch of one call, in numbers of 8 bytes: for each of two queries at most 32 arrays over the
+// slots and 8 over their corners.
 template <typename Real>
 std::int64_t scratch_size(const PointTable<Real>& points) {
-    return points.num_slots * (32 + 8 * points.num_corners());
+    return 2 * points.num_slots * (32 + 8 * points.num_corners());
 }
 
 const SamplingTable& sampling_kernels_for(Isa isa);

@@ -149,7 +149,8 @@ class Points {
 
     void take_softmax() {
         const std::int64_t num_points = table_.num_points;
-        Real largest = -static_cast<Real>(INFINITY), sum{0};
+        Real largest = -static_cast<Real>(INFINITY);
+        double sum = 0.0;
         for (std::int64_t t = 0; t < num_points; ++t) {
             largest = largest > weights_[t] ? largest : weights_[t];
         }
@@ -164,10 +165,10 @@ class Points {
             }
         }
         for (std::int64_t t = 0; t < num_points; ++t) {
-            sum += weights_[t];
+            sum += static_cast<double>(weights_[t]);
         }
         for (std::int64_t t = 0; t < num_points; ++t) {
-            weights_[t] /= sum;
+            weights_[t] = static_cast<Real>(static_cast<double>(weights_[t]) / sum);
         }
     }
 

@@ -29,6 +29,7 @@ class FilledPointTable {
         extents_.assign(static_cast<std::size_t>(n * slots), 0);
         strides_.assign(static_cast<std::size_t>(n * slots), 0);
         starts_.assign(static_cast<std::size_t>(slots), 0);
+        const std::int64_t row_bytes = params.dim * static_cast<std::int64_t>(sizeof(Real));
         std::int64_t slot = 0, start = 0;
         for (std::size_t level = 0; level < params.num_points.size(); ++level) {
             const std::int64_t* shape = params.shapes.data() + level * static_cast<std::size_t>(n);
@@ -49,6 +50,9 @@ class FilledPointTable {
             }
             slot += params.num_points[level];
             start += cells;
+            if (cells * row_bytes >= kFarBytes) {
+                table_.num_far = slot;
+            }
         }
         table_.num_dims = n;
         table_.num_points = num_points;
@@ -72,6 +76,9 @@ class FilledPointTable {
     }
 
   private:
+    // Of one head's values of a level: more than a first-level cache and a good part of the second.
+    static constexpr std::int64_t kFarBytes = 128 << 10;
+
     std::vector<Real> factors_;                    // [n, slots]
     std::vector<std::int32_t> extents_, strides_;  // [n, slots]
     std::vector<std::int32_t> starts_;             // [slots]

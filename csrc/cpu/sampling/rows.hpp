@@ -26,7 +26,7 @@ void add_rows(const CornerCounts& counts,
     const std::int64_t rest = for_blocks<Real>(0, dim, [&](std::int64_t first, auto vectors) {
         constexpr int kVectors = decltype(vectors)::value;
         // A sum waits for the one before it: with few registers a block has two sums for each.
-        constexpr int kSums = kVectors >= 4 ? 1 : 2;
+        constexpr int kSums = kVectors > 4 ? 1 : 2;
         typename L::Vector sums[kSums][kVectors];
         PYFEAT_UNROLL
         for (int v = 0; v < kVectors; ++v) {

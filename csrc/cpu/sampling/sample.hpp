@@ -90,6 +90,54 @@ inline void locate(const pyfeat::Samples<Real>& samples,
     points.locate(locations(q), weights(q));
 }
 
+// The points of one query, and its rows of values.
+template <typename Real, int kDims, bool kDiscrete>
+struct Placed {
+    Points<Real, kDims, kDiscrete> points;
+    Corners<Real, kDims, kDiscrete> corners;
+    const Real** rows;
+    Real** grad_rows;
+
+    Placed(const pyfeat::PointTable<Real>& table, Scratch& scratch, bool has_grad_rows)
+        : points(table, scratch),
+          corners(points, scratch),
+          rows(corners.template take<const Real*>()),
+          grad_rows(has_grad_rows ? corners.template take<Real*>() : nullptr) {}
+};
+
+// Calls place(q, placed) and then use(q, placed) for every query, but places the next query first:
+// what place asks for is on its way while the query before is used. A row is read in less time than
+// it takes to arrive, and a processor looks only some rows ahead by itself.
+template <typename Real, int kDims, bool kDiscrete, typename Place, typename Use>
+inline void one_ahead(std::int64_t num_queries,
+                      Placed<Real, kDims, kDiscrete>& even,
+                      Placed<Real, kDims, kDiscrete>& odd,
+                      Place place,
+                      Use use) {
+    if (num_queries > 0) {
+        place(0, even);
+    }
+    for (std::int64_t q = 0; q < num_queries; ++q) {
+        if (q + 1 < num_queries) {
+            place(q + 1, q % 2 == 0 ? odd : even);
+        }
+        use(q, q % 2 == 0 ? even : odd);
+    }
+}
+
+// Of the corners of points that lie far.
+template <typename Real>
+inline void ask_for_rows(const CornerCounts& counts,
+                         std::int64_t num_far,
+                         const Real* const* rows,
+                         std::int64_t dim) {
+    for (int e = 0; e < counts.corners; ++e) {
+        for (std::int64_t t = 0; t < num_far; ++t) {
+            ask_for(rows[e * counts.slots + t], dim);
+        }
+    }
+}
+
 template <typename Real, int kDims, bool kDiscrete>
 void gather(const pyfeat::PointTable<Real>& table,
             const pyfeat::Samples<Real>& samples,
@@ -97,16 +145,20 @@ void gather(const pyfeat::PointTable<Real>& table,
             std::int64_t dim,
             const pyfeat::Features<Real>& output,
             double* memory) {
+    using Query = Placed<Real, kDims, kDiscrete>;
     Scratch scratch(memory);
-    Points<Real, kDims, kDiscrete> points(table, scratch);
-    Corners<Real, kDims, kDiscrete> corners(points, scratch);
-    const Real** rows = corners.template take<const Real*>();
-    for (std::int64_t q = 0; q < samples.num_queries; ++q) {
-        locate(samples, q, points);
-        corners.find_rows(values, rows);
-        corners.fill_factors([&](int e, std::int64_t t) { return points.weight(e, t); });
-        add_rows(corners.counts(), corners.factors(), rows, dim, false, output.row(q));
-    }
+    Query even(table, scratch, false), odd(table, scratch, false);
+    const auto place = [&](std::int64_t q, Query& query) {
+        locate(samples, q, query.points);
+        query.corners.find_rows(values, query.rows);
+        ask_for_rows(query.corners.counts(), table.num_far, query.rows, dim);
+        query.corners.fill_factors(
+            [&](int e, std::int64_t t) { return query.points.weight(e, t); });
+    };
+    one_ahead(samples.num_queries, even, odd, place, [&](std::int64_t q, Query& query) {
+        Corners<Real, kDims, kDiscrete>& corners = query.corners;
+        add_rows(corners.counts(), corners.factors(), query.rows, dim, false, output.row(q));
+    });
 }
 
 // use(axis) for every axis, a constant.
@@ -185,35 +237,43 @@ void gradients(const pyfeat::PointTable<Real>& table,
                const pyfeat::Features<const Real>& upstream,
                const pyfeat::SampleGradients<Real>& gradients,
                double* memory) {
+    using Query = Placed<Real, kDims, kDiscrete>;
     Scratch scratch(memory);
-    Points<Real, kDims, kDiscrete> points(table, scratch);
-    Corners<Real, kDims, kDiscrete> corners(points, scratch);
-    const Real** rows = corners.template take<const Real*>();
-    Real** grad_rows = corners.template take<Real*>();
-    Real* dots = corners.template take<Real>();
+    Query even(table, scratch, true), odd(table, scratch, true);
+    Real* dots = even.corners.template take<Real>();
     Real* by_point = scratch.take<Real>(table.num_slots * kDims);
     const bool by_points = gradients.weights.data != nullptr || gradients.locations.data != nullptr;
-    for (std::int64_t q = 0; q < samples.num_queries; ++q) {
-        locate(samples, q, points);
+    const bool by_values = gradients.value.data != nullptr;
+    const auto place = [&](std::int64_t q, Query& query) {
+        locate(samples, q, query.points);
         if (q + kQueriesAhead < samples.num_queries) {
             ask_for(upstream.row(q + kQueriesAhead), dim);
         }
         if (by_points) {
-            corners.find_rows(values, rows);
-            dot_rows(corners.counts(), rows, upstream.row(q), dim, dots);
-            write_gradients(points, table, dots, gradients, q, by_point);
+            query.corners.find_rows(values, query.rows);
+            ask_for_rows(query.corners.counts(), table.num_far, query.rows, dim);
         }
-        if (gradients.value.data != nullptr) {
-            corners.find_rows(gradients.value, grad_rows);
-            corners.fill_factors([&](int e, std::int64_t t) { return points.weight(e, t); });
+        if (by_values) {
+            query.corners.find_rows(gradients.value, query.grad_rows);
+            ask_for_rows(query.corners.counts(), table.num_far, query.grad_rows, dim);
+        }
+    };
+    one_ahead(samples.num_queries, even, odd, place, [&](std::int64_t q, Query& query) {
+        Corners<Real, kDims, kDiscrete>& corners = query.corners;
+        if (by_points) {
+            dot_rows(corners.counts(), query.rows, upstream.row(q), dim, dots);
+            write_gradients(query.points, table, dots, gradients, q, by_point);
+        }
+        if (by_values) {
+            corners.fill_factors([&](int e, std::int64_t t) { return query.points.weight(e, t); });
             add_to_rows(corners.counts(),
                         corners.factors(),
-                        grad_rows,
+                        query.grad_rows,
                         upstream.row(q),
                         gradients.first_feature,
                         gradients.first_feature + gradients.num_features);
         }
-    }
+    });
 }
 
 // Of Phi = <gV, dV> + <gA, dA> + <gp, dp>, with g the cotangents of the first gradients, f~ the
