@@ -1,6 +1,5 @@
 """pyfeat beside the libraries it is used with."""
 
-import itertools
 import subprocess
 import sys
 
@@ -18,8 +17,16 @@ PREPARE = (
 )
 
 
+# Each at each place, before and after each other: runtimes meet in pairs, the first of which stays.
+ORDERS = [
+    (*names[i:], *names[:i])
+    for names in (tuple(CALLS), tuple(CALLS)[::-1])
+    for i in range(len(names))
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("order", list(itertools.permutations(CALLS)), ids=" ".join)
+@pytest.mark.parametrize("order", ORDERS, ids=" ".join)
 def test_imports_in_any_order_work(order: tuple[str, ...]) -> None:
     # The second round calls each after all have started their threads.
     program = "\n".join([PREPARE, *(CALLS[name] for name in (*order, *order))])
@@ -27,9 +34,10 @@ def test_imports_in_any_order_work(order: tuple[str, ...]) -> None:
 
 
 def test_the_import_takes_less_than_three_tenths_of_a_second_beyond_torch() -> None:
+    # Of the processor, which other tests may keep from it meanwhile.
     program = (
-        "import time, torch, numpy; t = time.perf_counter(); import pyfeat; "
-        "print(time.perf_counter() - t)"
+        "import time, torch, numpy; t = time.process_time(); import pyfeat; "
+        "print(time.process_time() - t)"
     )
     seconds = [
         float(
