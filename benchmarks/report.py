@@ -12,7 +12,7 @@ HEAD = """# Results
 Command: `make bench`. An answer of every contender is checked before it is timed; a wrong one is
 refused, and nothing is written. Then the contenders take turns, all with the same number of threads:
 five rounds or more, three where a call takes over 10 s, one where it takes over 20 s; a turn of shorter
-calls than 20 ms repeats them, so that caches are as in a loop. A time is the
+calls than 0.1 s repeats them, so that caches are as in a loop. A time is the
 median of the rounds, ± half the distance between the quartiles. *× faster than* a peer is the median of
 the ratios peer / pyfeat round by round, with the same spread: above 1 pyfeat is faster, below 1 slower.
 *Of peak* compares with the peak measured on this machine in the same run: multiply-adds on registers

@@ -86,7 +86,7 @@ class Pace:
     pause: float = 0.02
     # A turn of shorter calls repeats them until so many seconds have passed: what a loop sees, with
     # inputs that were just written, not how long a processor takes to wake up.
-    turn: float = 0.02
+    turn: float = 0.1
     most_repeats: int = 100
 
     def repeats_for(self, seconds: float) -> int:

@@ -77,7 +77,7 @@ class SpareBlocks {
     }
 
   private:
-    static constexpr std::int64_t kLeast = 16 << 10, kMost = 8 << 20, kMostInAll = 32 << 20;
+    static constexpr std::int64_t kLeast = 16 << 10, kMost = 16 << 20, kMostInAll = 64 << 20;
 
     std::mutex mutex_;
     std::deque<Block> blocks_;

@@ -12,8 +12,8 @@ namespace pyfeat {
 // that.
 void prefer_huge_pages(void* data, std::int64_t num_bytes);
 
-// Floats on a 64-byte boundary, uninitialised. Blocks of 16 KB to 8 MB that are given back are kept
-// for the next call, 32 MB in all: on small batches the page faults of new ones take longer than
+// Floats on a 64-byte boundary, uninitialised. Blocks of 16 KB to 16 MB that are given back are kept
+// for the next call, 64 MB in all: on small batches the page faults of new ones take longer than
 // the products.
 class AlignedFloats {
   public:
