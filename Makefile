@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 PIP := $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt
 
-SOURCES := $(NATIVE) README.md LICENSE $(shell find pyfeat release -type f -not -name '*.so' -not -name '*.pyc')
+SOURCES := $(NATIVE) README.md LICENSE $(shell find pyfeat tests/archives .ci -type f -not -name "*.so" -not -name "*.pyc")
 
 .PHONY: demo test lint bench wheel wheel-cuda test-wheel clean
 
@@ -21,7 +21,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests benchmarks -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	! grep -rnE '^\s*#\s*@' --include='*.py' pyfeat tests benchmarks release
+	! grep -rnE '^\s*#\s*@' --include='*.py' pyfeat tests benchmarks
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks
@@ -32,9 +32,9 @@ wheel: dist/wheel.stamp
 wheel-cuda: dist/cuda/wheel.stamp
 
 test-wheel: dist/wheel.stamp
-	release/try_archive.sh $(BIN)/python dist/*.whl
-	release/try_archive.sh $(BIN)/python dist/*.tar.gz
-	if [ -f dist/cuda/wheel.stamp ]; then release/try_archive.sh $(BIN)/python dist/cuda/*.whl --cuda; fi
+	.ci/try_archive.sh $(BIN)/python dist/*.whl
+	.ci/try_archive.sh $(BIN)/python dist/*.tar.gz
+	if [ -f dist/cuda/wheel.stamp ]; then .ci/try_archive.sh $(BIN)/python dist/cuda/*.whl --cuda; fi
 
 clean:
 	rm -rf build dist $(VENV)
@@ -56,9 +56,9 @@ $(VENV)/release.stamp: $(BIN)/python .ci/constraints.txt
 	touch $@
 
 dist/wheel.stamp: $(VENV)/release.stamp $(SOURCES)
-	release/build.sh $(BIN)/python dist
+	.ci/build_archives.sh $(BIN)/python dist
 	touch $@
 
 dist/cuda/wheel.stamp: $(VENV)/release.stamp $(SOURCES)
-	release/build.sh $(BIN)/python dist/cuda --wheel -C cmake.define.PYFEAT_CUDA=ON -C build-dir=build/wheel-cuda
+	.ci/build_archives.sh $(BIN)/python dist/cuda --wheel -C cmake.define.PYFEAT_CUDA=ON -C build-dir=build/wheel-cuda
 	touch $@

@@ -17,8 +17,8 @@ import yaml
 
 import pyfeat
 from pyfeat import _C, losses
-from release import check_archives
-from release.check_archives import (
+from tests.archives import check_archives
+from tests.archives.check_archives import (
     metadata_problems,
     module_problems,
     name_problems,
@@ -81,7 +81,7 @@ def test_the_sdist_is_as_it_should_be(sdist: Path) -> None:
     assert sdist_problems(sdist) == []
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("csrc", "pyfeat", "tests", "benchmarks", "release"):
+    for folder in ("csrc", "pyfeat", "tests", "benchmarks"):
         assert sources(folder) <= names
 
 
@@ -228,14 +228,14 @@ def test_symbols_newer_than_the_promised_systems_are_found(
 
 
 def test_every_op_runs_from_an_installed_package(tmp_path: Path) -> None:
-    command = [sys.executable, "-I", str(ROOT / "release" / "smoke.py")]
+    command = [sys.executable, "-I", str(ROOT / "tests" / "archives" / "smoke.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("as it should be") >= 7
 
 
 def test_the_smoke_test_calls_every_op() -> None:
-    program = (ROOT / "release" / "smoke.py").read_text(encoding="utf-8")
+    program = (ROOT / "tests" / "archives" / "smoke.py").read_text(encoding="utf-8")
     for module in (pyfeat, losses):
         for name in module.__all__:
             if name.islower() and callable(getattr(module, name)) and name not in NO_OPS:
@@ -245,7 +245,7 @@ def test_the_smoke_test_calls_every_op() -> None:
 def test_the_smoke_test_fails_where_the_cuda_module_should_be_and_is_not(tmp_path: Path) -> None:
     if find_spec("pyfeat._cuda") is not None:
         return
-    command = [sys.executable, "-I", str(ROOT / "release" / "smoke.py"), "--cuda"]
+    command = [sys.executable, "-I", str(ROOT / "tests" / "archives" / "smoke.py"), "--cuda"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "must carry the module pyfeat._cuda" in done.stderr

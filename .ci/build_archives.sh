@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# build.sh PYTHON FOLDER [options of python -m build]: archives in FOLDER, checked.
+# build_archives.sh PYTHON FOLDER [options of python -m build]: archives in FOLDER, checked.
 # On Linux a wheel gets the oldest system it runs on as its tag; nothing is copied into it.
 set -euo pipefail
 python=$1 folder=$2
@@ -15,4 +15,4 @@ fi
 find "$raw" -type f -exec mv {} "$folder" \;
 rmdir "$raw"
 find "$folder" -maxdepth 1 \( -name '*.whl' -o -name '*.tar.gz' \) \
-    -exec "$python" "$(dirname "$0")/check_archives.py" {} +
+    -exec "$python" "$(dirname "$0")/../tests/archives/check_archives.py" {} +

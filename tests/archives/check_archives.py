@@ -1,4 +1,4 @@
-"""What the archives of a release may hold: ``python release/check_archives.py dist/*``.
+"""What the archives of a release may hold: ``python tests/archives/check_archives.py dist/*``.
 
 Names what is wrong with a wheel or an sdist and exits with 1. Of compiled modules it reads what
 they need from the machine they come to: no torch, no second OpenMP, no CUDA runtime, no symbol
@@ -144,7 +144,7 @@ def sdist_problems(path: Path) -> list[str]:
         for name in (
             *("CMakeLists.txt", "LICENSE", "Makefile", "PKG-INFO", "README.md", "pyproject.toml"),
             *("csrc/bindings.cpp", "pyfeat/__init__.py", "pyfeat/py.typed", "pyfeat/_C.pyi"),
-            *("tests/conftest.py", "benchmarks/RESULTS.md", "release/smoke.py"),
+            *("tests/conftest.py", "benchmarks/RESULTS.md", "tests/archives/smoke.py"),
         )
         if name not in names
     ]

@@ -32,6 +32,6 @@ else
     grep --quiet 'Debian, Ubuntu *apt install g++' log || { cat log >&2; exit 1; }
     echo "without a compiler: says what to install"
 fi
-pip "$path" install --quiet --constraint "$here/../.ci/constraints.txt" "$archive"
+pip "$path" install --quiet --constraint "$here/constraints.txt" "$archive"
 pip "$path" check
-PATH=$path "$place/venv/bin/python" -I "$here/smoke.py" "$@"
+PATH=$path "$place/venv/bin/python" -I "$here/../tests/archives/smoke.py" "$@"
