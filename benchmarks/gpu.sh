@@ -83,11 +83,13 @@ build() {
 # shellcheck disable=SC2329
 run_tests() {
     local files workers=()
-    mapfile -t files < <(grep -lE 'support_(gpu|triton)' tests/test_*.py)
     if [ -n "$rehearse" ]; then
+        mapfile -t files < <(grep -l 'support_gpu' tests/test_*.py)
         "$python" -m pytest -q -m gpu --collect-only -q "${files[@]}"
         return
     fi
+    # On a GPU the tests of kernels in an interpreter or an emulation use the device instead.
+    mapfile -t files < <(grep -lE 'support_(gpu|triton|cuda)' tests/test_*.py)
     ! imports xdist || workers=(-n 6)
     "$python" -m pytest -q -m gpu -W default -p no:cacheprovider "${workers[@]}" "${files[@]}"
 }
@@ -143,7 +145,9 @@ main() {
         fi
     fi
 
-    stage tests "$(($(left) / 2 < 140 ? $(left) / 2 : 140))" bash -c run_tests || failed=1
+    limit=$(($(left) / 2))
+    [ -n "$rehearse" ] || [ "$limit" -lt 140 ] || limit=140
+    stage tests "$limit" bash -c run_tests || failed=1
 
     for tool in memcheck racecheck; do
         if ! has compute-sanitizer || [ -n "$rehearse" ]; then

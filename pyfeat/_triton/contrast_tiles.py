@@ -15,36 +15,28 @@ from torch import Tensor
 
 from pyfeat._checks import with_contiguous_rows
 from pyfeat._pairs import Pairs
+from pyfeat._triton.tile_table import tiles_of
 from pyfeat._triton.tiles import TileConfig
 
 # Similarities times this are exponents of 2, which is what the GPU has an instruction for.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
 
-# Tiles by the size of a feature in bytes, square ones, the largest first. Large ones read
-# 1 / block_m + 1 / block_n features for each product; where there would be fewer of them than
-# _FEW_TILES, about the processors of a GPU, small ones keep more processors busy. A stage takes
-# (block_m + block_n) block_k features of the 99 KB of shared memory that every GPU has. Twice the
-# columns would leave too few registers for what becomes of a tile.
+# Where there would be fewer large tiles than this, about the processors of a GPU, small ones keep more
+# of them busy.
 _FEW_TILES = 128
-_TILES = {
-    2: (
-        TileConfig(128, 128, 64, num_warps=8, num_stages=3),
-        TileConfig(64, 64, 64, num_warps=4, num_stages=4),
-    ),
-    # Without tensor cores arithmetic is the bound well before the cache is.
-    4: (
-        TileConfig(128, 128, 16, num_warps=8, num_stages=3),
-        TileConfig(64, 64, 16, num_warps=4, num_stages=3),
-    ),
-}
 # Rows of features that begin at multiples of 16 are read 16 bytes at a time.
 _WIDTH = 16
 
 
 def choose_tile(num_rows: int, num_columns: int, features: Tensor) -> TileConfig:
-    """The tile for a matrix of so many rows and columns, a product of ``features``."""
-    tiles = _TILES[features.element_size()]
+    """The tile for a matrix of so many rows and columns, a product of ``features``.
+
+    Large ones read 1 / block_m + 1 / block_n features for each product; twice the columns would leave too
+    few registers for what becomes of a tile. Without tensor cores arithmetic is the bound well before the
+    cache is.
+    """
+    tiles = _tiles(features)
     return next((t for t in tiles if t.num_tiles(num_rows, num_columns) >= _FEW_TILES), tiles[-1])
 
 
@@ -52,8 +44,13 @@ def gradient_tile(num_rows: int, num_columns: int, features: Tensor) -> TileConf
     """The same for a matrix that is computed to be weighted and stored."""
     if features.element_size() == 4:
         # Without tensor cores a thread has other operands to hold beside a large tile.
-        return _TILES[4][-1]
+        return _tiles(features)[-1]
     return choose_tile(num_rows, num_columns, features)
+
+
+def _tiles(features: Tensor) -> tuple[TileConfig, ...]:
+    """By the size of a feature, square ones, the largest first."""
+    return tiles_of(f"pairs, {features.element_size()} bytes", features.device)
 
 
 def readable(features: Tensor) -> Tensor:

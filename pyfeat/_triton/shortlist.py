@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfeat._triton.pack import TILE, PackedMemory, PackedQueries
-from pyfeat._triton.tiles import TileConfig, has_large_shared_memory, swizzled
+from pyfeat._triton.tile_table import tiles_of
+from pyfeat._triton.tiles import TileConfig, swizzled
 
 # Factor on the error bounds, for the float32 arithmetic on them.
 _SPARE = 1.0 + 2.0**-20
@@ -30,31 +31,19 @@ MARK_BITS = tl.constexpr(32)
 _MARK_QUERIES = 4
 
 
-# By compute capability, then by the number of queries: the smallest tile that holds them all, else
-# the last. Large tiles because the second-level cache feeds about 6 TB/s, 1/10 of what the tensor
-# cores of an H100 would take with tiles of 64 x 64. A stage is (block_m + block_n) block_k 2 bytes of
-# shared memory: 99 KB suffices for the first table, 144 KB for the second.
-_TILES_SM80 = (
-    TileConfig(16, 128, 64, num_warps=4, num_stages=4),
-    TileConfig(64, 128, 64, num_warps=4, num_stages=4),
-    TileConfig(128, 128, 64, num_warps=8, num_stages=3),
-)
-_TILES_SM90 = (
-    TileConfig(16, 128, 64, num_warps=4, num_stages=6),
-    TileConfig(64, 256, 64, num_warps=4, num_stages=4),
-    TileConfig(128, 256, 64, num_warps=8, num_stages=3),
-)
-TILES = {80: _TILES_SM80, 90: _TILES_SM90}
-
 # Packed rows and queries come in multiples of these.
 ROW_MULTIPLE = 256
 QUERY_MULTIPLE = 128
 
 
 def choose_tile(num_queries: int, device: torch.device, *, masked: bool) -> TileConfig:
-    """The tile for a product with ``num_queries`` queries."""
-    # A tile of the mask would not fit the registers beside a large tile of products.
-    tiles = TILES[90 if has_large_shared_memory(device) and not masked else 80]
+    """The smallest tile that holds all queries, else the largest.
+
+    Large ones because the second-level cache feeds about 6 TB/s, 1/10 of what the tensor cores of an
+    H100 would take with tiles of 64 x 64. A tile of the mask would not fit the registers beside a large
+    tile of products.
+    """
+    tiles = tiles_of("search, masked" if masked else "search", device)
     return next((tile for tile in tiles if num_queries <= tile.block_m), tiles[-1])
 
 

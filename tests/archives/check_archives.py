@@ -18,7 +18,7 @@ from email.parser import Parser
 from pathlib import Path, PurePosixPath
 
 DISTRIBUTION = "pyfeat_kernels"
-SUFFIXES = {".py", ".pyi", ".html", ".so", ".pyd"}
+SUFFIXES = {".py", ".pyi", ".html", ".json", ".so", ".pyd"}
 DEPENDENCIES = {"numpy", "torch"}
 EXTRAS = {"anomaly", "bank", "demo", "gpu", "hf", "onnx", "timm"}
 SIZE_LIMIT = 10_000_000  # bytes of a wheel
@@ -79,7 +79,7 @@ def name_problems(names: list[str]) -> list[str]:
             problems.append(f"{name}: no such file belongs in a wheel")
     folder = next(iter(info), "")
     for name in (
-        *("pyfeat/__init__.py", "pyfeat/py.typed", "pyfeat/_C.pyi"),
+        *("pyfeat/__init__.py", "pyfeat/py.typed", "pyfeat/_C.pyi", "pyfeat/_triton/tiles.json"),
         *(f"{folder}/METADATA", f"{folder}/RECORD", f"{folder}/entry_points.txt"),
         f"{folder}/licenses/LICENSE",
     ):
