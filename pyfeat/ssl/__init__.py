@@ -1,0 +1,1 @@
+"""Self-supervised training: unlabelled images, volumes and captions in, a backbone out."""

@@ -1,0 +1,1 @@
+"""Small networks that train on a CPU in minutes; each enters itself in ``NETWORKS``."""
