@@ -51,6 +51,26 @@ def assert_exact_neighbours(
     assert (error <= 0.5001 * spacing + NEAR_TIE * scale).all(), f"distance off by {error.max()}"
 
 
+def assert_allowed_neighbours(
+    distances: Tensor,
+    indices: Tensor,
+    queries: Tensor,
+    memory: Tensor,
+    metric: str,
+    allowed: Tensor,
+) -> None:
+    """Compare (Q, k) neighbours with the reference on the rows that ``allowed`` gives each query."""
+    for q, mask in enumerate(allowed.expand(len(queries), -1)):
+        rows = mask.nonzero()[:, 0]
+        count = min(indices.shape[1], len(rows))
+        if count:
+            expected = reference.knn(queries[q : q + 1], memory[rows], count, metric)
+            assert torch.equal(indices[q, :count], rows[expected[1][0]])
+            assert torch.allclose(distances[q, :count], expected[0][0], rtol=1e-6, atol=1e-7)
+        assert (indices[q, count:] == -1).all()
+        assert distances[q, count:].isinf().all()
+
+
 def _assert_equal_rows_in_order(indices: Tensor, memory: Tensor) -> None:
     """Of equal rows, the first must be found first, and none before those that precede it."""
     if memory.shape[1] == 0:

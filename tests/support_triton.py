@@ -55,7 +55,7 @@ def _import_interpreted() -> None:
 if DEVICE == "cpu":
     _import_interpreted()
 similarity: Any = importlib.import_module("pyfeat._triton.similarity")
-frame: Any = importlib.import_module("pyfeat._triton.frame")
+frame: Any = importlib.import_module("pyfeat._frame")
 pack: Any = importlib.import_module("pyfeat._triton.pack")
 shortlist: Any = importlib.import_module("pyfeat._triton.shortlist")
 rank: Any = importlib.import_module("pyfeat._triton.rank")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyfeat import reference
-from tests.support import assert_exact_neighbours, make_features
+from tests.support import assert_allowed_neighbours, assert_exact_neighbours, make_features
+from tests.support_bounds import query_with_largest_errors, rows_with_largest_errors
 from tests.support_triton import METRICS, frame, rank, shortlist, similarity, triton_knn
 
 
@@ -131,30 +132,7 @@ def test_rounding_of_the_products_is_allowed_for(metric: str) -> None:
     _assert_exact(queries, torch.cat([rows, -rows]), 1, metric)
 
 
-_MIDPOINT = 1 + 2.0**-8  # between two neighbouring bfloat16 numbers
-_STEP = 2.0**-7
-
-
-def _rows_with_largest_errors() -> tuple[Tensor, Tensor]:
-    """Row 1 is nearer, but all errors of row 0 favour it, and those of row 1 are against it."""
-    up = torch.full((64,), _MIDPOINT + 2.0**-16)
-    up[32:] += 2 * _STEP
-    up[-1] -= _STEP
-    down = torch.full((64,), _MIDPOINT + _STEP - 2.0**-16)
-    return torch.ones(1, 64), torch.stack([up, down, -up, -down])
-
-
-def _query_with_largest_errors() -> tuple[Tensor, Tensor]:
-    """Row 1 is nearer, but all errors of the query favour row 0."""
-    query = torch.full((1, 64), _MIDPOINT - 2.0**-16)
-    query[:, 32:] += 2 * 2.0**-16
-    query[:, 0] += _STEP
-    row = torch.ones(64)
-    row[32:] = -1
-    return query, torch.stack([-row, row])
-
-
-@pytest.mark.parametrize("make", [_rows_with_largest_errors, _query_with_largest_errors])
+@pytest.mark.parametrize("make", [rows_with_largest_errors, query_with_largest_errors])
 def test_the_error_bound_is_needed_in_full(
     make: Callable[[], tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,21 +174,8 @@ def test_a_mask_may_have_any_strides() -> None:
 
 
 def _assert_allowed(queries: Tensor, memory: Tensor, k: int, metric: str, allowed: Tensor) -> None:
-    """Compare with the reference on the rows that each query may find."""
-    distances, indices = triton_knn(queries, memory, k, metric, allowed=allowed)
-    for q, mask in enumerate(allowed.expand(len(queries), -1)):
-        rows = mask.nonzero()[:, 0]
-        count = min(k, len(rows))
-        expected = (
-            reference.knn(queries[q : q + 1], memory[rows], max(count, 1), metric)
-            if count
-            else None
-        )
-        if expected is not None:
-            assert torch.equal(indices[q, :count], rows[expected[1][0]])
-            assert torch.allclose(distances[q, :count], expected[0][0], rtol=1e-6, atol=1e-7)
-        assert (indices[q, count:] == -1).all()
-        assert distances[q, count:].isinf().all()
+    found = triton_knn(queries, memory, k, metric, allowed=allowed)
+    assert_allowed_neighbours(*found, queries, memory, metric, allowed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

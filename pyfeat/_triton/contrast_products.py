@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyfeat._chunks import even_chunk
 from pyfeat._triton.contrast_tiles import AllPairs, choose_tile, gradient_tile, readable
-from pyfeat._triton.tiles import SWEEP, TileConfig, even_chunk, swizzled
+from pyfeat._triton.tiles import SWEEP, TileConfig, swizzled
 
 # Rows and columns of a block, and its size: 32 MB in 16 bits, 64 MB in float32.
 _BLOCK_SIDE = 4096

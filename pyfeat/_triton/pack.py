@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfeat._triton.frame import Frame
+from pyfeat._frame import Frame
 
 # Rows of one tile of the memory; a group of rows is spread evenly over a tile (see shortlist.py).
 TILE = tl.constexpr(128)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from pyfeat._checks import with_contiguous_rows
+from pyfeat._chunks import even_chunk
+from pyfeat._frame import Frame, choose_frame
 from pyfeat._triton import MAX_K
-from pyfeat._triton.frame import Frame, choose_frame
 from pyfeat._triton.pack import PackedMemory, pack_memory, pack_queries, packed_width
 from pyfeat._triton.rank import MISSING, Candidates, rank_marked
 from pyfeat._triton.shortlist import (
@@ -34,7 +35,6 @@ from pyfeat._triton.shortlist import (
     mark_groups,
     mark_words,
 )
-from pyfeat._triton.tiles import even_chunk
 
 # A block of rows this wide still fits the workspace.
 MAX_DIM = 1 << 17

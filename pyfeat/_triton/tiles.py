@@ -33,13 +33,6 @@ def _major_capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
-def even_chunk(total: int, largest: int, multiple: int) -> int:
-    """As even as can be, in multiples of ``multiple``, at most ``largest`` unless that is less."""
-    largest = max(largest // multiple * multiple, multiple)
-    count = -(-total // largest)
-    return -(-total // (count * multiple)) * multiple
-
-
 @triton.jit
 def swizzled(program, num_row_blocks, num_column_blocks, SWEEP: tl.constexpr):
     """SWEEP blocks of rows go through all columns before the next: both stay in the cache."""

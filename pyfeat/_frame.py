@@ -27,11 +27,12 @@ def choose_frame(memory: Tensor, metric: str) -> Frame:
     """Centre and scale of at most 4,096 evenly spaced rows of ``memory`` (N, D).
 
     Rows that lie outside the sample may be larger than the rest by 2^53 before their bound is lost.
+    Features that are not finite count as 0.
     """
     num_rows, dim = memory.shape
     count = min(num_rows, _SAMPLED_ROWS, max(1, _SAMPLE_BYTES // (8 * max(dim, 1))))
     rows = torch.arange(count, device=memory.device) * num_rows // count
-    sample = memory[rows].double()  # [count, D]
+    sample = memory[rows].double().nan_to_num(0.0, 0.0, 0.0)  # [count, D]
     if metric == "cosine":
         norms = sample.square().sum(1, keepdim=True).sqrt()  # [count, 1]
         sample = sample / norms.where(norms > 0, 1.0)
