@@ -291,6 +291,11 @@ void allow(const void* address, std::size_t bytes) {
         const auto first = reinterpret_cast<std::uintptr_t>(address);
         std::uintptr_t& end = buffers[first];
         end = std::max(end, first + bytes);
+        // What was allowed inside is part of it, or was a tensor whose memory it has got.
+        for (auto inner = buffers.upper_bound(first);
+             inner != buffers.end() && inner->first < first + bytes;) {
+            inner = inner->second <= first + bytes ? buffers.erase(inner) : std::next(inner);
+        }
     }
 }
 
