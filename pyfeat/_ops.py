@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyfeat import _C
+from pyfeat._backends import Backend, select_backend
 from pyfeat._checks import (
     as_mask,
     as_matrix,
@@ -22,8 +23,8 @@ _BACKWARD_BYTES = 32 << 20
 # torch.library.custom_op would import torch._dynamo, which takes seconds, on the first call.
 torch.library.define(
     "pyfeat::knn",
-    "(Tensor queries, Tensor memory, SymInt k, str metric, Tensor? mask, bool skip_nonfinite)"
-    " -> (Tensor, Tensor)",
+    "(Tensor queries, Tensor memory, SymInt k, str metric, Tensor? mask, bool skip_nonfinite,"
+    " str? backend=None) -> (Tensor, Tensor)",
 )
 
 
@@ -76,12 +77,27 @@ def _knn_fake(
     metric: str,
     mask: Tensor | None,
     skip_nonfinite: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return (
         queries.new_empty(shape, dtype=distance_dtype_of(queries)),
         queries.new_empty(shape, dtype=torch.int64),
     )
+
+
+def _knn_on_cpu(
+    queries: Tensor,
+    memory: Tensor,
+    k: int,
+    metric: str,
+    mask: Tensor | None,
+    skip_nonfinite: bool,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    if backend not in (None, "cpu"):
+        select_backend("knn", backend, queries, k=k)  # says why not
+    return search_cpu(queries, memory, k, metric, mask, skip_nonfinite)
 
 
 def search_cuda(
@@ -91,28 +107,43 @@ def search_cuda(
     metric: str,
     mask: Tensor | None = None,
     skip_nonfinite: bool = False,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels in Triton, which is imported here and nowhere else."""
-    from pyfeat._triton import similarity
+    """The kernels for GPUs, each imported here and nowhere else.
 
+    Only what must raise is waited for: with ``skip_nonfinite`` the CUDA kernels can be captured.
+    """
     if not skip_nonfinite:
         check_finite("knn", "queries", queries)
         check_finite("knn", "memory", memory)
-        return similarity.knn(queries, memory, k, metric, allowed=mask)
+    if select_backend("knn", backend, queries, k=k) == "cuda":
+        from pyfeat._cuda_ops import search
+
+        return search.knn(queries, memory, k, metric, allowed=mask)
+    if not skip_nonfinite:
+        return _search_triton(queries, memory, k, metric, mask)
     usable = memory.isfinite().all(dim=1)  # [N]
     searchable = queries.isfinite().all(dim=1)[:, None]  # [Q, 1]
-    distances, indices = similarity.knn(
+    distances, indices = _search_triton(
         queries.where(searchable, 0.0),
         memory.where(usable[:, None], 0.0),
         k,
         metric,
-        allowed=usable if mask is None else usable & mask,
+        usable if mask is None else usable & mask,
     )
     none = -torch.inf if metric == "inner_product" else torch.inf
     return distances.where(searchable, none), indices.where(searchable, -1)
 
 
-torch.library.impl("pyfeat::knn", "CPU", search_cpu)
+def _search_triton(
+    queries: Tensor, memory: Tensor, k: int, metric: str, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from pyfeat._triton import similarity
+
+    return similarity.knn(queries, memory, k, metric, allowed=mask)
+
+
+torch.library.impl("pyfeat::knn", "CPU", _knn_on_cpu)
 torch.library.impl("pyfeat::knn", "CUDA", search_cuda)
 torch.library.register_fake("pyfeat::knn", _knn_fake)
 
@@ -129,16 +160,16 @@ class _Context(Protocol):
 
 def _keep_for_backward(
     ctx: _Context,
-    inputs: tuple[Tensor, Tensor, int, str, Tensor | None, bool],
+    inputs: tuple[Tensor, Tensor, int, str, Tensor | None, bool, str | None],
     output: tuple[Tensor, Tensor],
 ) -> None:
-    queries, memory, _, ctx.metric, _, _ = inputs
+    queries, memory, _, ctx.metric, *_ = inputs
     ctx.save_for_backward(queries, memory, output[1])
 
 
 def _knn_backward(
     ctx: _Context, grad_distances: Tensor, grad_indices: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
     """Gather the neighbours, differentiate their distances, scatter into the rows of memory.
 
     The (Q, k, D) neighbours exist for one chunk of queries at a time. Rows are added one after the
@@ -169,6 +200,7 @@ def _knn_backward(
     return (
         grad_queries,
         None if grad_memory is None else grad_memory.to(memory.dtype),
+        None,
         None,
         None,
         None,
@@ -215,9 +247,12 @@ def knn(
     *,
     mask: Tensor | None = None,
     skip_nonfinite: bool = False,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Distances (Q, k) and indices (Q, k) int64; see ``pyfeat.knn``."""
-    distances, indices = torch.ops.pyfeat.knn(queries, memory, k, metric, mask, skip_nonfinite)
+    distances, indices = torch.ops.pyfeat.knn(
+        queries, memory, k, metric, mask, skip_nonfinite, backend
+    )
     return distances, indices
 
 

@@ -1,6 +1,6 @@
 """The packed copy of a memory that is searched again and again."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from pyfeat import _C
 from pyfeat._checks import as_matrix
 from pyfeat._ops import search_cpu, within_cpu
 from pyfeat.search import Metric
+
+if TYPE_CHECKING:
+    from pyfeat._cuda_ops.search import PackedRows
 
 # The bounds of a precision on the distances get tighter in this order.
 _COARSEST_FIRST = ("int8", "bf16", "float32")
@@ -29,15 +32,17 @@ class PackedCopy:
 
     def __init__(self) -> None:
         self._packed: _C.PackedMemory | None = None
+        self._on_gpu: PackedRows | None = None
         self._precision = ""  # the fastest
         self._num_queries = self._num_undecided = 0  # since the rows were packed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # copies and pickles pack again
+        # Copies and pickles pack again.
+        return {**self.__dict__, "_packed": None, "_on_gpu": None}
 
     def drop(self) -> None:
         """The rows have changed: pack them again, in the same precision."""
-        self._packed = None
+        self._packed = self._on_gpu = None
 
     def search(
         self, queries: Tensor, rows: Tensor, k: int, metric: Metric, mask: Tensor | None
@@ -49,6 +54,16 @@ class PackedCopy:
             self._observe(packed, queries.shape[0], *counters[1:])
 
         return search_cpu(queries, rows, k, metric, mask, packed=packed, report=observe)
+
+    def search_on_gpu(
+        self, queries: Tensor, rows: Tensor, k: int, metric: Metric, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same by the CUDA kernels, for tensors of one GPU; they have a packed copy of their own."""
+        from pyfeat._cuda_ops import search
+
+        if self._on_gpu is None:
+            self._on_gpu = search.pack(rows, metric)
+        return search.knn(queries, rows, k, metric, allowed=mask, packed=self._on_gpu)
 
     def range_search(
         self, queries: Tensor, rows: Tensor, radius: float, metric: Metric, mask: Tensor | None

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyfeat._backends import select_backend
 from pyfeat._checks import as_tensor, check_features, check_finite, check_k, check_mask
 from pyfeat._ids import are_alike, as_ids, shape_like
 from pyfeat._packed import PackedCopy
@@ -95,9 +96,9 @@ class RowStore:
     ) -> Neighbours | NumpyNeighbours:
         """The k nearest rows of every query, as ``pyfeat.knn`` finds them.
 
-        The first search packs the bank; until it changes, others start at once. If more than 1 in 8
-        queries, of at least 64, turn out to need more than the precision of the packed copy, the next
-        search packs the bank in a finer one.
+        The first search, on a CPU or by the CUDA kernels, packs the bank; until it changes, others start
+        at once. If on a CPU more than 1 in 8 queries, of at least 64, turn out to need more than the
+        precision of the packed copy, the next search packs the bank in a finer one.
 
         Args:
             queries: (Q, D) of the bank's dtype, tensor or numpy array.
@@ -119,6 +120,10 @@ class RowStore:
         if _are_on_cpu(asked, self._features, allowed):
             self._notice_writes()
             found = self._packed.search(asked, self.features, k, self.metric, allowed)
+        elif _is_for_cuda(asked, self._features, allowed, k=k):
+            check_finite("knn", "queries", asked)
+            self._notice_writes()
+            found = self._packed.search_on_gpu(asked, self.features, k, self.metric, allowed)
         else:
             found = knn(asked, self.features, k, metric=self.metric, mask=allowed)
         if isinstance(queries, np.ndarray):
@@ -266,6 +271,12 @@ def _grown(held: Tensor, capacity: int) -> Tensor:
 def _counting_writes() -> AbstractContextManager[None]:
     """Where tensors are made whose writes torch counts, which it does not in inference mode."""
     return torch.inference_mode(mode=False)
+
+
+def _is_for_cuda(queries: Tensor, *others: Tensor | None, k: int) -> bool:
+    """Whether the CUDA kernels search, on the device of all tensors."""
+    together = all(x is None or x.device == queries.device for x in others)
+    return together and queries.is_cuda and select_backend("knn", None, queries, k=k) == "cuda"
 
 
 def _are_on_cpu(*tensors: Tensor | None) -> bool:

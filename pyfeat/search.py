@@ -137,7 +137,13 @@ def knn(
         distances, indices = reference.knn(q, x, k, metric, arguments.finite_mask())
     else:
         distances, indices = _ops.knn(
-            q, x, k, metric, mask=arguments.mask, skip_nonfinite=arguments.skip_nonfinite
+            q,
+            x,
+            k,
+            metric,
+            mask=arguments.mask,
+            skip_nonfinite=arguments.skip_nonfinite,
+            backend=arguments.backend,
         )
     if arguments.numpy_in:
         return NumpyNeighbours(distances.numpy(), indices.numpy())

@@ -19,7 +19,16 @@ NATIVE = Path(__file__).parent / "native"
 MMA, WGMMA = "HMMA.16816", "HGMMA.64x"
 ASYNC_COPY, BULK_COPY = "LDGSTS.E.BYPASS.128", "UBLKCP"
 Instructions = tuple[str, ...] | dict[int, tuple[str, ...]]
-MODULE_KERNELS: dict[str, Instructions] = {}
+MODULE_KERNELS: dict[str, Instructions] = {
+    "pack_memory_kernel": ("DFMA", "SHFL.BFLY"),
+    "pack_queries_kernel": ("DFMA", "SHFL.BFLY"),
+    "rank_all_kernel": ("DFMA", "ATOMG.E.CAS.STRONG.GPU"),
+    "rank_listed_kernel": ("DFMA", "SHFL.BFLY"),
+    "threshold_kernel": ("SHFL.BFLY",),
+    "tile_products_mma": (f"{MMA}.F32.BF16", "LDSM.16.M88.4", ASYNC_COPY),
+    "tile_products_wgmma": {80: (), 90: (f"{WGMMA}256x16.F32.BF16", BULK_COPY, "SYNCS")},
+    "write_neighbours_kernel": (),
+}
 DEVICE_KERNELS: dict[str, Instructions] = {
     "multiply_mma": (f"{MMA}.F32.BF16", "LDSM.16.M88.4", ASYNC_COPY),
     "multiply_wgmma": {80: (), 90: (f"{WGMMA}256x16.F32.BF16", BULK_COPY, "SYNCS")},

@@ -34,4 +34,7 @@ T* to_pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Nearest neighbours.
+void bind_search(py::module_& m);
+
 }  // namespace pyfeat::cuda

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <sstream>
 
 namespace pyfeat::cuda {
@@ -14,6 +15,10 @@ std::vector<std::string> architectures() {
         names.push_back(name);
     }
     return names;
+}
+
+bool is_built_for(const char* architecture) {
+    return std::strstr(PYFEAT_CUDA_ARCHITECTURES, architecture) != nullptr;
 }
 
 int runtime_version() {

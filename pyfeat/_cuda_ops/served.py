@@ -7,4 +7,20 @@ from torch import Tensor
 # Obstacles of the inputs of an op, beyond those of the machine: features, k -> reasons.
 InputObstacles = Callable[[Tensor, int], list[str]]
 
-SERVED: Mapping[str, InputObstacles] = {}
+
+# Neighbours that the kernels keep for each query, and the widest features of which a block of rows
+# fits the workspace.
+_MAX_K = 64
+_MAX_DIM = 1 << 17
+
+
+def _search_obstacles(features: Tensor, k: int) -> list[str]:
+    obstacles = []
+    if k > _MAX_K:
+        obstacles.append(f"k must be at most {_MAX_K}, got {k}")
+    if features.shape[1] > _MAX_DIM:
+        obstacles.append(f"features must have at most {_MAX_DIM} columns, got {features.shape[1]}")
+    return obstacles
+
+
+SERVED: Mapping[str, InputObstacles] = {"knn": _search_obstacles}
