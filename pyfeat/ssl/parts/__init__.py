@@ -1,0 +1,24 @@
+"""Parts that objectives are made of, and that stand alone."""
+
+from pyfeat.ssl.parts.batch_norm import BatchNorm
+from pyfeat.ssl.parts.crops import Augmentation, Views, VolumeAugmentation
+from pyfeat.ssl.parts.heads import MLP, Prototypes
+from pyfeat.ssl.parts.masking import Masking, block_masking, random_masking
+from pyfeat.ssl.parts.optimisers import LARS
+from pyfeat.ssl.parts.schedules import Schedule
+from pyfeat.ssl.parts.teacher import Teacher
+
+__all__ = [
+    "LARS",
+    "MLP",
+    "Augmentation",
+    "BatchNorm",
+    "Masking",
+    "Prototypes",
+    "Schedule",
+    "Teacher",
+    "Views",
+    "VolumeAugmentation",
+    "block_masking",
+    "random_masking",
+]
