@@ -1,4 +1,4 @@
-"""The ops over all pairs on a GPU, by kernels in Triton, which is imported on first use."""
+"""The ops over all pairs on a GPU, by kernels of a backend that is imported on first use."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from pyfeat import _contrast_cpu
 from pyfeat._contrast_blocks import check_range
+from pyfeat._gpu import contrast
+from pyfeat._gpu.contrast_pairs import ContrastKernels
 from pyfeat._pairs import Pairs, WeightedSide
 
 
@@ -14,12 +16,10 @@ def forward(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tenso
     """Sums over pairs; nothing is kept for the backward pass."""
     if a.dtype == torch.float64:
         return _contrast_cpu.forward(a, b, scale, *arguments)  # plain torch
-    from pyfeat._triton import contrast
-
     *pairs, columns, largest, itself, _ = arguments
     _check_range("pair_sums", a, b, scale)
     sums = contrast.pair_sums(
-        a, b, scale, Pairs(*pairs), columns=columns, largest=largest, itself=itself
+        _kernels(), a, b, scale, Pairs(*pairs), columns=columns, largest=largest, itself=itself
     )
     return (*sums, a.new_empty(0, dtype=torch.float32))
 
@@ -28,26 +28,22 @@ def backward(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tens
     """Gradients from those by the sums."""
     if a.dtype == torch.float64:
         return _contrast_cpu.backward(a, b, scale, *arguments)
-    from pyfeat._triton import contrast
-
     *pairs, columns = arguments[:-11]
     itself, need_a, need_b, _, _ = arguments[-5:]
     sides = _weighted_sides(columns, arguments[-11:-5])
     wanted = contrast.Wanted(need_a or not need_b, need_b and not itself, itself)
-    return contrast.pair_gradients(a, b, scale, Pairs(*pairs), *sides, wanted)
+    return contrast.pair_gradients(_kernels(), a, b, scale, Pairs(*pairs), *sides, wanted)
 
 
 def weighted(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Products with the weights of pairs."""
     if a.dtype == torch.float64:
         return _contrast_cpu.weighted(a, b, scale, *arguments)
-    from pyfeat._triton import contrast
-
     *pairs, columns = arguments[:-10]
     sides = _weighted_sides(columns, arguments[-10:-4])
     a_values, b_values, *needs = arguments[-4:]
     return contrast.weighted_features(
-        a, b, scale, Pairs(*pairs), *sides, a_values, b_values, contrast.Wanted(*needs)
+        _kernels(), a, b, scale, Pairs(*pairs), *sides, a_values, b_values, contrast.Wanted(*needs)
     )
 
 
@@ -61,11 +57,17 @@ def softplus(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums of softplus and of signed sigmoids, and both gradients in float32."""
-    from pyfeat._triton import contrast
-
     _check_range("pair_softplus", a, b, scale)
     pairs = Pairs(None, *ids)
-    return contrast.pair_softplus(a, b, scale, bias, pairs, weights, contrast.Wanted(*needs))
+    return contrast.pair_softplus(
+        _kernels(), a, b, scale, bias, pairs, weights, contrast.Wanted(*needs)
+    )
+
+
+def _kernels() -> ContrastKernels:
+    from pyfeat._triton import contrast
+
+    return contrast
 
 
 def _check_range(op: str, a: Tensor, b: Tensor, scale: Tensor) -> None:

@@ -171,7 +171,8 @@ def _search_launches(arch: int, every: bool) -> None:
 
 def _contrast_launches(arch: int, every: bool) -> None:
     """What covers every tile and dtype, with all that may be said of pairs, and with nothing."""
-    from pyfeat._triton import contrast
+    from pyfeat._gpu import contrast
+    from pyfeat._triton import contrast as kernels
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -196,7 +197,7 @@ def _contrast_launches(arch: int, every: bool) -> None:
     for count, dim, dtype, kind in cases:
         features = empty(count, dim, dtype=dtype)
         pairs, itself = pairs_of(kind, count), kind == "itself"
-        inputs = (features, features, empty(), pairs)
+        inputs = (kernels, features, features, empty(), pairs)
         side = WeightedSide(*(empty(count) for _ in range(3)))
         columns = kind in ("clip", "all")
         contrast.pair_sums(*inputs, columns=columns, largest=kind == "all", itself=itself)
@@ -206,7 +207,7 @@ def _contrast_launches(arch: int, every: bool) -> None:
             continue
         for gradient in (False, True) if every or kind == "all" else (True,):
             wanted = contrast.Wanted(gradient, gradient)
-            contrast.pair_softplus(*inputs[:3], empty(), pairs, side.lse, wanted)
+            contrast.pair_softplus(*inputs[:4], empty(), pairs, side.lse, wanted)
 
 
 def _sampling_launches(arch: int, every: bool) -> None:

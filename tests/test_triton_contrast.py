@@ -1,4 +1,4 @@
-"""Sums over all pairs by the Triton kernels, and their gradients, against the float64 reference."""
+"""Sums over all pairs by the kernels of a GPU, and their gradients, against the float64 reference."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from pyfeat import reference
 from pyfeat._contrast import Pairs, pair_sums
+from pyfeat._gpu import contrast_products, contrast_sums
 from tests.support_triton import (
     DEVICE,
     UNITS,
     TritonOps,
-    contrast_products,
-    contrast_sums,
     contrast_tiles,
     masks_of,
     moved,
+    triton_sums_kernels,
 )
 
 # Rows, columns and features off the tiles of 64 x 64 pairs and 16 or 64 features.
@@ -247,7 +247,7 @@ def test_one_tile_of_a_batch_with_itself_has_the_bits_of_two_equal_batches() -> 
 def test_half_of_the_products_of_a_batch_with_itself_are_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernel = contrast_sums._pair_sums_kernel
+    kernel = triton_sums_kernels._pair_sums_kernel
     programs: list[int] = []
 
     class Counted:
@@ -255,7 +255,7 @@ def test_half_of_the_products_of_a_batch_with_itself_are_taken(
             programs.extend(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(contrast_sums, "_pair_sums_kernel", Counted())
+    monkeypatch.setattr(triton_sums_kernels, "_pair_sums_kernel", Counted())
     z = torch.randn(500, 4, device=DEVICE)
     with TritonOps():
         pair_sums(z, z, torch.ones((), device=DEVICE), Pairs(), columns=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyfeat import _contrast_cuda, _softplus, reference
 from pyfeat._backends import select_backend
 from pyfeat._contrast import Pairs, WeightedSide, weighted_features
+from pyfeat._gpu import contrast_products, contrast_sums
 from pyfeat._softplus import pair_softplus
 from pyfeat.losses import clip_loss
 from tests.support_losses import LOSSES
@@ -17,10 +18,11 @@ from tests.support_triton import (
     DEVICE,
     UNITS,
     TritonOps,
-    contrast_products,
-    contrast_sums,
+    contrast,
     masks_of,
     moved,
+    triton_product_kernels,
+    triton_sums_kernels,
 )
 
 
@@ -245,8 +247,8 @@ def test_nothing_but_the_device_stands_in_the_way_of_triton(op: str) -> None:
 
 
 def test_float64_features_go_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrast_sums, "_pair_sums_kernel", None)
-    monkeypatch.setattr(contrast_products, "_add_product_kernel", None)
+    monkeypatch.setattr(triton_sums_kernels, "_pair_sums_kernel", None)
+    monkeypatch.setattr(triton_product_kernels, "_add_product_kernel", None)
     a, b = (torch.randn(9, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     with TritonOps():
         assert torch.autograd.gradcheck(lambda x, y: clip_loss(x, y, 2.0), (a, b))
@@ -256,8 +258,8 @@ def test_the_library_takes_the_products_that_it_is_given() -> None:
     out, gradient = torch.zeros(5, 3, device="meta"), torch.zeros(5, 7, device="meta").bfloat16()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contrast_products, "_library_adds", lambda gradient: True)
-        patch.setattr(contrast_products, "_add_product_kernel", None)
-        contrast_products._add_product(out, gradient, gradient.new_zeros(7, 3))
+        patch.setattr(triton_product_kernels, "_add_product_kernel", None)
+        contrast_products._add_product(contrast, out, gradient, gradient.new_zeros(7, 3))
 
 
 @pytest.mark.gpu
@@ -268,8 +270,8 @@ def test_the_library_and_our_kernel_add_the_same(dtype: torch.dtype) -> None:
         torch.randn(shape, device=DEVICE).to(dtype) for shape in ((384, 256), (256, 96))
     )
     sums = [torch.ones(300, 96, device=DEVICE) for _ in range(2)]
-    contrast_products._add_product(sums[0], gradient[:300, :200], values[:200])
+    contrast_products._add_product(contrast, sums[0], gradient[:300, :200], values[:200])
     torch.use_deterministic_algorithms(False)
     assert contrast_products._library_adds(gradient)
-    contrast_products._add_product(sums[1], gradient[:300, :200], values[:200])
+    contrast_products._add_product(contrast, sums[1], gradient[:300, :200], values[:200])
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-4)

@@ -123,7 +123,8 @@ def _search_slots(device: torch.device, *, tiny: bool) -> list[Slot]:
 
 def _pair_slots(device: torch.device, *, tiny: bool) -> list[Slot]:
     """Square tiles of a given side, which must divide 128."""
-    from pyfeat._triton import contrast
+    from pyfeat._gpu import contrast
+    from pyfeat._triton import contrast as kernels
 
     scale = torch.tensor(0.1, dtype=torch.float64, device=device)
     made = []
@@ -133,7 +134,9 @@ def _pair_slots(device: torch.device, *, tiny: bool) -> list[Slot]:
             features = torch.randn(20 if tiny else count, dim, device=device).to(dtype)
 
             def sums(features: Tensor = features) -> list[Tensor]:
-                found = contrast.pair_sums(features, features, scale, Pairs(), columns=True)
+                found = contrast.pair_sums(
+                    kernels, features, features, scale, Pairs(), columns=True
+                )
                 return cast("list[Tensor]", [found[0], found[1]])
 
             candidates: list[tuple[int, ...]] = [

@@ -1,86 +1,57 @@
-"""The gradient of log-sum-exps and positive sums by the similarities, times features."""
+"""The gradient of log-sum-exps and positive sums by the similarities."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyfeat._gpu.contrast_pairs import AllPairs
 from pyfeat._pairs import WeightedSide
-from pyfeat._triton.contrast_products import Block, Wanted, products_of_blocks, store_gradient
+from pyfeat._triton.contrast_products import store_gradient
 from pyfeat._triton.contrast_tiles import (
     LOG2_E,
-    AllPairs,
     halves,
+    pair_arguments,
+    pair_constants,
     similarities,
     tile_products,
     which_count,
     which_have_power,
 )
-from pyfeat._triton.tiles import SWEEP, swizzled
+from pyfeat._triton.tiles import SWEEP, TileConfig, swizzled
 
 _LINES = 256
 
 
-def gradient_products(
-    problem: AllPairs,
-    rows: WeightedSide,
-    columns: WeightedSide | None,
-    factor: Tensor,
-    a_values: Tensor,
-    b_values: Tensor,
-    wanted: Wanted,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Products of G, ``factor`` times the gradient by S, with features.
-
-    Args:
-        problem: The pairs.
-        rows: Their log-sum-exps and the gradients by their sums.
-        columns: Likewise; None: they have no part. Those of rows again for a batch with itself.
-        factor: () float64.
-        a_values: (L, E), features or others in their place.
-        b_values: (S, F).
-        wanted: Which products are.
-
-    Returns:
-        ``G b_values`` (L, F) and ``G.T a_values`` (S, E), float32, without rows if not wanted, and
-        the sum of G a.b () float64.
-    """
-    row_terms = _terms(rows, factor)
-    column_terms = None if columns is None else _terms(columns, factor)
-    total = torch.zeros((), dtype=torch.float64, device=problem.a.device)
-
-    def write(block: Block) -> None:
-        pairs, tile = block.pairs, block.tile
-        num_tiles = tile.num_tiles(pairs.num_rows, pairs.num_columns)
-        sums = pairs.a.new_empty(num_tiles, dtype=torch.float32)
-        _pair_gradient_kernel[(num_tiles,)](
-            *pairs.arguments(),
-            row_terms[:, block.rows],
-            row_terms.stride(0),
-            row_terms if column_terms is None else column_terms[:, block.columns],
-            row_terms.stride(0) if column_terms is None else column_terms.stride(0),
-            block.gradient,
-            block.gradient.stride(0),
-            sums,
-            COLUMNS=column_terms is not None,
-            SEPARATE_POSITIVES=pairs.pairs.separate_positives,
-            ONLY_POSITIVES=pairs.pairs.only_positives,
-            **pairs.constants(tile),
-        )
-        # Of a batch with itself, a block beside the diagonal stands for the one on its other side.
-        twice = wanted.itself and block.rows != block.columns
-        total.add_(sums.sum(dtype=torch.float64), alpha=2 if twice else 1)
-
-    products = products_of_blocks(problem, write, a_values, b_values, wanted)
-    return (*products, total)
+def write_gradient(
+    block: AllPairs,
+    tile: TileConfig,
+    row_terms: Tensor,
+    column_terms: Tensor | None,
+    gradient: Tensor,
+) -> Tensor:
+    """See ``ContrastKernels``."""
+    num_tiles = tile.num_tiles(block.num_rows, block.num_columns)
+    sums = block.a.new_empty(num_tiles, dtype=torch.float32)
+    _pair_gradient_kernel[(num_tiles,)](
+        *pair_arguments(block),
+        row_terms,
+        row_terms.stride(0),
+        row_terms if column_terms is None else column_terms,
+        row_terms.stride(0) if column_terms is None else column_terms.stride(0),
+        gradient,
+        gradient.stride(0),
+        sums,
+        COLUMNS=column_terms is not None,
+        SEPARATE_POSITIVES=block.pairs.separate_positives,
+        ONLY_POSITIVES=block.pairs.only_positives,
+        **pair_constants(block, tile),
+    )
+    return sums
 
 
-def _terms(side: WeightedSide, factor: Tensor) -> Tensor:
-    """(3, lines) float32, as the kernel takes them: shift, weight, positive.
-
-    ``weight 2^(z - shift)`` is ``factor weights exp(S - lse)`` for z = S / ln 2: with a whole
-    shift, z - shift is exact where it matters.
-    """
+def gradient_terms(side: WeightedSide, factor: Tensor) -> Tensor:
+    """See ``ContrastKernels``."""
     num_lines = len(side.lse)
     terms = torch.empty((3, num_lines), dtype=torch.float32, device=side.lse.device)
     _gradient_terms_kernel[(triton.cdiv(num_lines, _LINES),)](

@@ -1,7 +1,6 @@
-"""Sums of softplus over all pairs, and the products of its gradient with features.
+"""Sums of softplus over all pairs and their gradient by the similarities.
 
-The gradient by a similarity needs no sum over others: one pass gives the sums and both products,
-three products of matrices in all.
+It needs no sum over others: one pass over tiles gives both.
 """
 
 import torch
@@ -9,13 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyfeat._triton.contrast_products import Block, Wanted, products_of_blocks, store_gradient
-from pyfeat._triton.contrast_sums import chunk_shape
+from pyfeat._gpu.contrast_pairs import AllPairs
+from pyfeat._triton.contrast_products import store_gradient
 from pyfeat._triton.contrast_tiles import (
     LOG2_E,
-    AllPairs,
-    gradient_tile,
     halves,
+    pair_arguments,
+    pair_constants,
     similarities,
     tile_products,
     which_count,
@@ -23,60 +22,7 @@ from pyfeat._triton.contrast_tiles import (
 from pyfeat._triton.tiles import SWEEP, TileConfig, swizzled
 
 
-def softplus_sums(problem: AllPairs, bias: Tensor) -> Tensor:
-    """Of every row, sums of softplus and of signed sigmoids, (2, L) float64.
-
-    That is ``softplus(Z)`` and ``y sigmoid(Z)`` of ``Z = y (S + bias)``, y -1 for positive pairs and 1
-    for others.
-
-    Args:
-        problem: The pairs.
-        bias: () float.
-    """
-    num_rows, num_columns = problem.num_rows, problem.num_columns
-    sums = torch.zeros((2, num_rows), dtype=torch.float64, device=problem.a.device)
-    tile = gradient_tile(num_rows, num_columns, problem.a)
-    height, width = chunk_shape(num_rows, num_columns, tile)
-    for first_row in range(0, num_rows, height):
-        rows = slice(first_row, first_row + height)
-        for first_column in range(0, num_columns, width):
-            block = problem.block(rows, slice(first_column, first_column + width))
-            _add_block(block, tile, bias, sums[:, rows], None, None)
-    return sums
-
-
-def softplus_products(
-    problem: AllPairs,
-    bias: Tensor,
-    weights: Tensor,
-    a_values: Tensor,
-    b_values: Tensor,
-    wanted: Wanted,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums as of ``softplus_sums``, and products of G with features.
-
-    Args:
-        problem: The pairs.
-        bias: () float.
-        weights: (L,) float32: ``G_ij = weights_i y_ij sigmoid(Z_ij)``.
-        a_values: (L, E), features or others in their place.
-        b_values: (S, F).
-        wanted: Which products are.
-
-    Returns:
-        The sums, ``G b_values`` (L, F) and ``G.T a_values`` (S, E), float32, without rows if not
-        wanted.
-    """
-    sums = torch.zeros((2, problem.num_rows), dtype=torch.float64, device=problem.a.device)
-
-    def write(block: Block) -> None:
-        part = weights[block.rows]
-        _add_block(block.pairs, block.tile, bias, sums[:, block.rows], part, block.gradient)
-
-    return (sums, *products_of_blocks(problem, write, a_values, b_values, wanted))
-
-
-def _add_block(
+def add_softplus(
     block: AllPairs,
     tile: TileConfig,
     bias: Tensor,
@@ -84,18 +30,18 @@ def _add_block(
     weights: Tensor | None,
     gradient: Tensor | None,
 ) -> None:
-    """Add the pairs of a block to the sums (2, l) of its rows, and write their gradient."""
+    """See ``ContrastKernels``."""
     column_tiles = triton.cdiv(block.num_columns, tile.block_n)
     parts = block.a.new_empty((2, column_tiles, block.num_rows), dtype=torch.float32)
     _softplus_kernel[(tile.num_tiles(block.num_rows, block.num_columns),)](
-        *block.arguments(),
+        *pair_arguments(block),
         bias,
         parts,
         parts if weights is None else weights,
         parts if gradient is None else gradient,
         0 if gradient is None else gradient.stride(0),
         GRADIENT=gradient is not None,
-        **block.constants(tile),
+        **pair_constants(block, tile),
     )
     sums.add_(parts.sum(dim=1, dtype=torch.float64))
 

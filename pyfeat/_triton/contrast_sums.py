@@ -1,25 +1,21 @@
 """Log-sum-exps and positive sums of the rows and columns of similarities, in one pass over tiles.
 
 A tile leaves behind, for each of its rows, the largest similarity, the sum of exponentials relative
-to it, and the sum over positives; likewise for its columns. A second kernel merges these parts in
-float64, in the order of tiles: nothing is added atomically, so that bits are equal between runs.
-
+to it, and the sum over positives; likewise for its columns. A second kernel merges these parts.
 Rows against themselves take the tiles above the diagonal only, whose columns are rows as well.
 """
-
-import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyfeat._gpu.contrast_pairs import AllPairs, LineSums
 from pyfeat._triton.contrast_tiles import (
     LOG2_E,
     LOG_2,
-    AllPairs,
-    choose_tile,
+    pair_arguments,
+    pair_constants,
     similarities,
     tile_products,
     which_count,
@@ -27,78 +23,11 @@ from pyfeat._triton.contrast_tiles import (
 )
 from pyfeat._triton.tiles import SWEEP, TileConfig, swizzled
 
-# Of the parts that tiles leave behind, for rows and columns together.
-_PART_BYTES = 64 << 20
-# Numbers that a tile leaves behind at most for each of its rows and columns.
-_PART_KINDS = 4
 # Lines and tiles that one program merges at a time.
 _LINES, _MERGED = 32, 64
 
 
-class LineSums(NamedTuple):
-    """Of rows or of columns, (lines,) float64 each."""
-
-    lse: Tensor
-    positives: Tensor
-    largest: Tensor  # (0,) if not wanted
-
-    @classmethod
-    def none(cls, count: int, device: torch.device, *, largest: bool) -> "LineSums":
-        """Of no pairs."""
-        lse = torch.full((count,), -math.inf, dtype=torch.float64, device=device)
-        return cls(lse, torch.zeros_like(lse), lse.clone() if largest else lse.new_empty(0))
-
-    def part(self, lines: slice) -> "LineSums":
-        """Views of some of them."""
-        return LineSums(*(x[lines] for x in self))
-
-
-def sums_of_tiles(
-    problem: AllPairs, *, columns: bool, largest: bool, itself: bool
-) -> tuple[LineSums, LineSums]:
-    """Sums of rows and of columns; those of columns (0,) unless they are wanted.
-
-    Args:
-        problem: The pairs.
-        columns: Whether sums over columns are wanted.
-        largest: Whether the largest of every row is wanted.
-        itself: ``b`` is ``a``, and pairs say the same of ij and ji.
-    """
-    num_rows, num_columns = problem.num_rows, problem.num_columns
-    device = problem.a.device
-    of_rows = LineSums.none(num_rows, device, largest=largest)
-    of_columns = LineSums.none(num_columns if columns else 0, device, largest=False)
-    tile = choose_tile(num_rows, num_columns, problem.a)
-    height, width = chunk_shape(num_rows, num_columns, tile, square=itself)
-    for first_row in range(0, num_rows, height):
-        rows = slice(first_row, first_row + height)
-        for first_column in range(first_row if itself else 0, num_columns, width):
-            part = slice(first_column, first_column + width)
-            block = problem.block(rows, part)
-            on_diagonal = itself and first_row == first_column
-            others = None
-            if columns or (itself and not on_diagonal):
-                others = (of_rows if itself else of_columns).part(part)
-            _add_block(block, tile, of_rows.part(rows), others, on_diagonal=on_diagonal)
-    return of_rows, of_columns
-
-
-def chunk_shape(
-    num_rows: int, num_columns: int, tile: TileConfig, *, square: bool = False
-) -> tuple[int, int]:
-    """Rows and columns, in whole tiles, whose parts fit _PART_BYTES."""
-    most = _PART_BYTES // (_PART_KINDS * 4 * (tile.block_m + tile.block_n))  # tiles
-    row_tiles = max(-(-num_rows // tile.block_m), 1)
-    column_tiles = max(-(-num_columns // tile.block_n), 1)
-    if square:
-        side = min(row_tiles, math.isqrt(most))
-        return side * tile.block_m, side * tile.block_n
-    wide = min(column_tiles, max(math.isqrt(most), most // row_tiles))
-    high = min(row_tiles, max(most // wide, 1))
-    return high * tile.block_m, wide * tile.block_n
-
-
-def _add_block(
+def add_sums(
     block: AllPairs,
     tile: TileConfig,
     of_rows: LineSums,
@@ -106,22 +35,21 @@ def _add_block(
     *,
     on_diagonal: bool,
 ) -> None:
-    """Add the pairs of a block to the sums of its rows and columns."""
+    """See ``ContrastKernels``."""
     row_tiles = triton.cdiv(block.num_rows, tile.block_m)
     column_tiles = triton.cdiv(block.num_columns, tile.block_n)
     num_tiles = row_tiles * column_tiles
     if on_diagonal:
         num_tiles = row_tiles * (row_tiles + 1) // 2
-    constants = block.constants(tile)
-    largest = of_rows.largest.numel() > 0
-    kinds = 2 + constants["IDS"] + largest
+    ids, largest = block.has_ids, of_rows.largest.numel() > 0
+    kinds = 2 + ids + largest
     new = block.a.new_empty
     row_parts = new((kinds, column_tiles, block.num_rows), dtype=torch.float32)
     column_parts = row_parts
     if of_columns is not None:
         column_parts = new((kinds, row_tiles, block.num_columns), dtype=torch.float32)
     _pair_sums_kernel[(num_tiles,)](
-        *block.arguments(),
+        *pair_arguments(block),
         row_parts,
         column_parts,
         COLUMNS=of_columns is not None or on_diagonal,
@@ -129,11 +57,11 @@ def _add_block(
         LARGEST=largest,
         SEPARATE_POSITIVES=block.pairs.separate_positives,
         ONLY_POSITIVES=block.pairs.only_positives,
-        **constants,
+        **pair_constants(block, tile),
     )
-    _merge(row_parts, of_rows, ids=constants["IDS"])
+    _merge(row_parts, of_rows, ids=ids)
     if of_columns is not None:
-        _merge(column_parts, of_columns, ids=constants["IDS"])
+        _merge(column_parts, of_columns, ids=ids)
 
 
 def _merge(parts: Tensor, sums: LineSums, *, ids: bool) -> None:

@@ -5,7 +5,6 @@ which add up in float32. The scale comes as the sum of two float32 numbers, so t
 rounded once more than its product, as ``scale * (a @ b.T)`` is.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfeat._checks import with_contiguous_rows
-from pyfeat._pairs import Pairs
+from pyfeat._gpu.contrast_pairs import AllPairs
 from pyfeat._triton.tile_table import tiles_of
 from pyfeat._triton.tiles import TileConfig
 
@@ -64,69 +63,33 @@ def readable(features: Tensor) -> Tensor:
     return with_contiguous_rows(features)
 
 
-@dataclass(frozen=True)
-class AllPairs:
-    """The pairs of rows of a (L, D) and b (S, D), or of a block of them."""
+def pair_arguments(block: AllPairs) -> tuple[Any, ...]:
+    """The first 13 of a kernel; tensors that are missing are not read."""
+    a, b = block.a, block.b
+    vectors = (block.scale if x is None else x for x in block.pairs[:5])
+    return (
+        *(a, a.stride(0), b, b.stride(0), block.scale),
+        *vectors,
+        *(block.num_rows, block.num_columns, a.shape[1]),
+    )
 
-    a: Tensor
-    b: Tensor
-    scale: Tensor
-    pairs: Pairs
 
-    @classmethod
-    def of(cls, a: Tensor, b: Tensor, scale: Tensor, pairs: Pairs) -> "AllPairs":
-        """As the kernels read them."""
-        kept: dict[str, Any] = {
-            name: None if x is None else x.contiguous()
-            for name, x in zip(Pairs._fields[:5], pairs[:5], strict=True)
-        }
-        left = readable(a)
-        right = left if b is a else readable(b)
-        return cls(left, right, scale.to(a.device), pairs._replace(**kept))
-
-    @property
-    def num_rows(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def num_columns(self) -> int:
-        return self.b.shape[0]
-
-    def block(self, rows: slice, columns: slice) -> "AllPairs":
-        """Some of the rows with some of the columns."""
-        places = (columns, rows, columns, rows, columns)
-        parts: dict[str, Any] = {
-            name: None if x is None else x[place]
-            for name, x, place in zip(Pairs._fields[:5], self.pairs[:5], places, strict=True)
-        }
-        return AllPairs(self.a[rows], self.b[columns], self.scale, self.pairs._replace(**parts))
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Of a kernel, the first 13; tensors that are missing are not read."""
-        a, b = self.a, self.b
-        vectors = (self.scale if x is None else x for x in self.pairs[:5])
-        return (
-            *(a, a.stride(0), b, b.stride(0), self.scale),
-            *vectors,
-            *(self.num_rows, self.num_columns, a.shape[1]),
-        )
-
-    def constants(self, tile: TileConfig) -> dict[str, Any]:
-        """Of a kernel, by name, with the options of its compilation."""
-        pairs = self.pairs
-        return {
-            "BIAS": pairs.column_bias is not None,
-            "IDS": pairs.row_ids is not None and pairs.column_ids is not None,
-            "GROUPS": pairs.row_groups is not None and pairs.column_groups is not None,
-            "KEEP_POSITIVES": pairs.keep_positives,
-            "EVEN_K": self.a.shape[1] % tile.block_k == 0,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-            "enable_fp_fusion": False,
-        }
+def pair_constants(block: AllPairs, tile: TileConfig) -> dict[str, Any]:
+    """The others of a kernel, by name, with the options of its compilation."""
+    pairs = block.pairs
+    return {
+        "BIAS": pairs.column_bias is not None,
+        "IDS": block.has_ids,
+        "GROUPS": pairs.row_groups is not None and pairs.column_groups is not None,
+        "KEEP_POSITIVES": pairs.keep_positives,
+        "EVEN_K": block.a.shape[1] % tile.block_k == 0,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": False,
+    }
 
 
 @triton.jit

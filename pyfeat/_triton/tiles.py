@@ -19,6 +19,11 @@ class TileConfig(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def num_lines(self) -> int:
+        """Rows and columns, each of which a tile leaves numbers behind for."""
+        return self.block_m + self.block_n
+
     def num_tiles(self, num_rows: int, num_columns: int) -> int:
         """Tiles of a product with so many rows and columns."""
         return int(triton.cdiv(num_rows, self.block_m) * triton.cdiv(num_columns, self.block_n))
