@@ -19,8 +19,8 @@ from torch import Tensor
 from pyfeat._triton.sampling_arguments import CHANGING, QueryBlocks, Sampling
 from pyfeat._triton.sampling_points import (
     corner_of_point,
+    level_block,
     level_sizes,
-    packed_level,
     place_of_point,
     rows_of_program,
     softmax_terms,
@@ -96,24 +96,9 @@ def _sampled_sums_kernel(
 ):
     ACCUMULATOR: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     CORNERS: tl.constexpr = 1 if DISCRETE else 2**N
+    levels = level_block(level_0, level_1, level_2, level_3, level_4, level_5, level_6, level_7)
     row, live, batch, head = rows_of_program(
-        num_blocks,
-        num_queries,
-        num_heads,
-        num_levels,
-        level_0,
-        level_1,
-        level_2,
-        level_3,
-        level_4,
-        level_5,
-        level_6,
-        level_7,
-        N,
-        BLOCK_Q,
-        TILED,
-        TILE_Y,
-        TILE_X,
+        num_blocks, num_queries, num_heads, num_levels, levels, N, BLOCK_Q, TILED, TILE_Y, TILE_X
     )
     location_at = locations + row * num_points * N
     weight_at = weights + row * num_points
@@ -122,22 +107,10 @@ def _sampled_sums_kernel(
     level_at = value + batch * batch_stride + head * head_stride
     sums = tl.zeros((BLOCK_Q, BLOCK_D), ACCUMULATOR)
     for index in range(num_levels):
-        level = packed_level(
-            index, level_0, level_1, level_2, level_3, level_4, level_5, level_6, level_7
-        )
-        z, y, x, count = level_sizes(level, N)
+        z, y, x, count = level_sizes(index, levels, N)
         for _ in range(count):
             iz, iy, ix, tz, ty, tx, _sz, _sy, _sx, counted = place_of_point(
-                location_at,
-                live,
-                z,
-                y,
-                x,
-                N,
-                DOUBLE,
-                BORDER,
-                ALIGN_CORNERS,
-                DISCRETE,
+                location_at, live, z, y, x, N, DOUBLE, BORDER, ALIGN_CORNERS, DISCRETE
             )
             weight = weight_of_point(weight_at, counted, shift, factor, SOFTMAX, DOUBLE)
             for CORNER in tl.static_range(CORNERS):

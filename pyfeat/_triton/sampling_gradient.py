@@ -18,8 +18,8 @@ from pyfeat._triton.sampling import BLOCK_T
 from pyfeat._triton.sampling_arguments import CHANGING, QueryBlocks, Sampling
 from pyfeat._triton.sampling_points import (
     corner_of_point,
+    level_block,
     level_sizes,
-    packed_level,
     place_of_point,
     rows_of_program,
     softmax_terms,
@@ -140,24 +140,9 @@ def _sampling_gradients_kernel(
 ):
     ACCUMULATOR: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     CORNERS: tl.constexpr = 1 if DISCRETE else 2**N
+    levels = level_block(level_0, level_1, level_2, level_3, level_4, level_5, level_6, level_7)
     row, live, batch, head = rows_of_program(
-        num_blocks,
-        num_queries,
-        num_heads,
-        num_levels,
-        level_0,
-        level_1,
-        level_2,
-        level_3,
-        level_4,
-        level_5,
-        level_6,
-        level_7,
-        N,
-        BLOCK_Q,
-        TILED,
-        TILE_Y,
-        TILE_X,
+        num_blocks, num_queries, num_heads, num_levels, levels, N, BLOCK_Q, TILED, TILE_Y, TILE_X
     )
     channel = tl.arange(0, BLOCK_D)
     present = live[:, None]
@@ -175,22 +160,10 @@ def _sampling_gradients_kernel(
     by_level = by_value + (batch * num_cells * num_heads + head) * D
     total = tl.zeros((BLOCK_Q,), ACCUMULATOR)
     for index in range(num_levels):
-        level = packed_level(
-            index, level_0, level_1, level_2, level_3, level_4, level_5, level_6, level_7
-        )
-        z, y, x, count = level_sizes(level, N)
+        z, y, x, count = level_sizes(index, levels, N)
         for _ in range(count):
             iz, iy, ix, tz, ty, tx, sz, sy, sx, counted = place_of_point(
-                locations + point * N,
-                live,
-                z,
-                y,
-                x,
-                N,
-                DOUBLE,
-                BORDER,
-                ALIGN_CORNERS,
-                DISCRETE,
+                locations + point * N, live, z, y, x, N, DOUBLE, BORDER, ALIGN_CORNERS, DISCRETE
             )
             weight = weight_of_point(weights + point, counted, shift, factor, SOFTMAX, DOUBLE)
             sample = tl.zeros((BLOCK_Q, BLOCK_D), ACCUMULATOR)

@@ -8,21 +8,23 @@ import triton.language as tl
 
 
 @triton.jit
-def packed_level(index, level_0, level_1, level_2, level_3, level_4, level_5, level_6, level_7):
-    """The number of level ``index``."""
-    level = level_0.to(tl.int64)
-    level = tl.where(index == 1, level_1, level)
-    level = tl.where(index == 2, level_2, level)
-    level = tl.where(index == 3, level_3, level)
-    level = tl.where(index == 4, level_4, level)
-    level = tl.where(index == 5, level_5, level)
-    level = tl.where(index == 6, level_6, level)
-    return tl.where(index == 7, level_7, level)
+def level_block(level_0, level_1, level_2, level_3, level_4, level_5, level_6, level_7):
+    """The numbers of all levels as one block (8,) int64."""
+    place = tl.arange(0, 8)
+    levels = tl.zeros((8,), tl.int64) + level_0
+    levels = tl.where(place == 1, level_1, levels)
+    levels = tl.where(place == 2, level_2, levels)
+    levels = tl.where(place == 3, level_3, levels)
+    levels = tl.where(place == 4, level_4, levels)
+    levels = tl.where(place == 5, level_5, levels)
+    levels = tl.where(place == 6, level_6, levels)
+    return tl.where(place == 7, level_7, levels)
 
 
 @triton.jit
-def level_sizes(level, N: tl.constexpr):
-    """Sizes along z, y and x, 1 for axes that are missing, and the number of points."""
+def level_sizes(index, levels, N: tl.constexpr):
+    """Sizes of a level along z, y and x, 1 for axes that are missing, and its number of points."""
+    level = tl.sum(tl.where(tl.arange(0, 8) == index, levels, 0), axis=0)
     z = tl.full((), 1, tl.int32)
     y = tl.full((), 1, tl.int32)
     if N == 1:
@@ -42,14 +44,7 @@ def queries_of_block(
     block,
     num_queries,
     num_levels,
-    level_0,
-    level_1,
-    level_2,
-    level_3,
-    level_4,
-    level_5,
-    level_6,
-    level_7,
+    levels,
     N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     TILED: tl.constexpr,
@@ -70,10 +65,7 @@ def queries_of_block(
     height = block * 0
     width = block * 0
     for index in range(num_levels):
-        level = packed_level(
-            index, level_0, level_1, level_2, level_3, level_4, level_5, level_6, level_7
-        )
-        z, y, x, _count = level_sizes(level, N)
+        z, y, x, _count = level_sizes(index, levels, N)
         end = first_block + tl.cdiv(z, TILE_Z) * tl.cdiv(y, TILE_Y) * tl.cdiv(x, TILE_X)
         here = (block >= first_block) & (block < end)
         at = tl.where(here, block - first_block, at)
@@ -97,14 +89,7 @@ def rows_of_program(
     num_queries,
     num_heads,
     num_levels,
-    level_0,
-    level_1,
-    level_2,
-    level_3,
-    level_4,
-    level_5,
-    level_6,
-    level_7,
+    levels,
     N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     TILED: tl.constexpr,
@@ -118,14 +103,7 @@ def rows_of_program(
         tl.program_id(0) % num_blocks,
         num_queries,
         num_levels,
-        level_0,
-        level_1,
-        level_2,
-        level_3,
-        level_4,
-        level_5,
-        level_6,
-        level_7,
+        levels,
         N,
         BLOCK_Q,
         TILED,

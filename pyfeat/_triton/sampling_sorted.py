@@ -13,8 +13,8 @@ from torch import Tensor
 from pyfeat._triton.sampling_arguments import CHANGING, Sampling
 from pyfeat._triton.sampling_points import (
     corner_of_point,
+    level_block,
     level_sizes,
-    packed_level,
     place_of_point,
     softmax_terms,
     weight_of_point,
@@ -145,6 +145,7 @@ def _corner_terms_kernel(
     BLOCK_T: tl.constexpr,
 ):
     CORNERS: tl.constexpr = 1 if DISCRETE else 2**N
+    levels = level_block(level_0, level_1, level_2, level_3, level_4, level_5, level_6, level_7)
     row = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     live = row < num_rows
     batch = (row // num_heads + first_query) // num_queries
@@ -152,22 +153,10 @@ def _corner_terms_kernel(
     point = row * num_points
     shift, factor = softmax_terms(weights + point, live, num_points, SOFTMAX, DOUBLE, BLOCK_T)
     for index in range(num_levels):
-        level = packed_level(
-            index, level_0, level_1, level_2, level_3, level_4, level_5, level_6, level_7
-        )
-        z, y, x, count = level_sizes(level, N)
+        z, y, x, count = level_sizes(index, levels, N)
         for _ in range(count):
             iz, iy, ix, tz, ty, tx, _sz, _sy, _sx, counted = place_of_point(
-                locations + point * N,
-                live,
-                z,
-                y,
-                x,
-                N,
-                DOUBLE,
-                BORDER,
-                ALIGN_CORNERS,
-                DISCRETE,
+                locations + point * N, live, z, y, x, N, DOUBLE, BORDER, ALIGN_CORNERS, DISCRETE
             )
             weight = weight_of_point(weights + point, counted, shift, factor, SOFTMAX, DOUBLE)
             for CORNER in tl.static_range(CORNERS):
