@@ -108,6 +108,16 @@ def test_sampling_kernels_of_this_machine_are_right_on_their_own(isa: str, build
 
 
 @pytest.mark.slow
+def test_points_and_queries_lie_on_levels_as_by_definition(tmp_path: Path) -> None:
+    # Conversions that are not defined have no answer to be compared with.
+    strict = ["-fsanitize=undefined,float-cast-overflow", "-fno-sanitize-recover"]
+    program = str(tmp_path / "check")
+    source = str(ROOT / "tests/native/check_levels.cpp")
+    run(["c++", *FLAGS.split(), *strict, f"-I{ROOT / 'csrc'}", source, "-o", program])
+    run([program])
+
+
+@pytest.mark.slow
 def test_matrix_units_add_up_as_their_manual_says(build: Build) -> None:
     if "avx512_bf16" not in _C.isas():
         pytest.skip("this processor has no AVX-512 BF16")

@@ -10,6 +10,7 @@
 #include "cpu/sampling/kernels.hpp"
 #include "cpu/simd/power.hpp"
 #include "cpu/simd/unroll.hpp"
+#include "sampling/place.hpp"
 
 namespace {
 
@@ -109,7 +110,7 @@ class Points {
         }
         for (int j = 0; j < kDims; ++j) {
             if constexpr (kDiscrete) {
-                place_discrete(j);
+                place_discretely(j);
             } else if (table_.border) {
                 place<true>(j);
             } else {
@@ -140,8 +141,6 @@ class Points {
     }
 
   private:
-    static constexpr Real kBefore{-2};  // where neither a cell nor the next is there
-
     template <typename T>
     T* take(Scratch& scratch) const {
         return scratch.take<T>(num_slots_);
@@ -172,9 +171,6 @@ class Points {
         }
     }
 
-    // Clipped before it is converted: that is not defined for all floats. What compares with
-    // nothing lies beyond the border. In selects that compilers turn into registers; of a number
-    // from 0 to N one comparison without signs is enough.
     template <bool kBorder>
     void place(int j) {
         const Real *coordinates = coordinates_[j], *factors = table_.factors[j];
@@ -184,19 +180,8 @@ class Points {
         std::int32_t *low_offset = offsets_[0][j], *high_offset = offsets_[1][j];
         const Real shift = table_.shift;
         for_slots(num_slots_, [=](std::int64_t t) {
-            const Real p = coordinates[t], extent = static_cast<Real>(extents[t]);
-            Real u = p * factors[t] - shift, slope{1};
-            if constexpr (kBorder) {
-                const Real last = extent - Real{1};
-                slope = (u > Real{0} ? Real{1} : Real{0}) * (u < last ? Real{1} : Real{0});
-                u = u > Real{0} ? u : Real{0};
-                u = u < last ? u : last;
-                u = p == p ? u : kBefore;
-            } else {
-                u = u > kBefore ? u : kBefore;
-                u = u < extent ? u : extent;
-            }
-            const Real whole = std::floor(u), above = u - whole;
+            const auto [whole, above, slope] = place_linear<kBorder>(
+                coordinates[t], factors[t], shift, static_cast<Real>(extents[t]));
             const auto cell = static_cast<std::int32_t>(whole);
             const std::int32_t offset = cell * strides[t];
             const bool has_low = is_below(cell, extents[t]);
@@ -210,24 +195,14 @@ class Points {
         });
     }
 
-    void place_discrete(int j) {
+    void place_discretely(int j) {
         const Real* coordinates = coordinates_[j];
         const std::int32_t *extents = table_.extents[j], *strides = table_.strides[j];
         std::int32_t* offsets = offsets_[0][j];
         for_slots(num_slots_, [=](std::int64_t t) {
-            const Real p = coordinates[t], extent = static_cast<Real>(extents[t]);
-            const Real last = extent - Real{1};
-            Real u = p * extent + Real{0.5};
-            u = u > Real{0} ? u : Real{0};
-            u = u < last ? u : last;
-            u = p == p ? u : kBefore;
-            const auto cell = static_cast<std::int32_t>(u);
+            const std::int32_t cell = place_discrete(coordinates[t], static_cast<Real>(extents[t]));
             offsets[t] = is_below(cell, extents[t]) ? cell * strides[t] : kNoCell;
         });
-    }
-
-    static bool is_below(std::int32_t cell, std::int32_t extent) {
-        return static_cast<std::uint32_t>(cell) < static_cast<std::uint32_t>(extent);
     }
 
     void number_cells(int corner) {
