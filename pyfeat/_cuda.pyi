@@ -18,6 +18,9 @@ def architectures() -> list[str]: ...
 def runtime_version() -> int: ...
 def driver_version() -> int: ...
 
+# Levels of deformable attention that one launch takes.
+MAX_LEVELS: int
+
 # Device index, address of the stream.
 _Queue = tuple[int, int]
 # Address, rows, columns, row stride in elements, dtype.
@@ -53,4 +56,58 @@ def knn(
     outputs: _Outputs,
     queue: _Queue,
     bound_scale: float = 1.0,
+) -> None: ...
+
+# Address, dtype, strides of B, S, H.
+_Value = tuple[int, Dtype, int, int, int]
+# B, S, H, D, Q
+_Sizes = tuple[int, int, int, int, int]
+# n, sizes of all levels, points of each, border, align_corners, discrete, softmax.
+_Levels = tuple[int, list[int], list[int], bool, bool, bool, bool]
+# Address, strides of B, Q, H.
+_Points = tuple[int, int, int, int]
+# Of arrays by the values, the locations and the weights; 0 where not wanted.
+_Addresses = tuple[int, int, int]
+
+def deform_attn(
+    value: _Value,
+    sizes: _Sizes,
+    levels: _Levels,
+    locations: _Points,
+    weights: _Points,
+    output: int,
+    queue: _Queue,
+) -> None: ...
+def deform_attn_backward(
+    value: _Value,
+    sizes: _Sizes,
+    levels: _Levels,
+    locations: _Points,
+    weights: _Points,
+    grad_output: int,
+    gradients: _Addresses,
+    queue: _Queue,
+) -> None: ...
+def deform_attn_count_terms(
+    value: _Value,
+    sizes: _Sizes,
+    levels: _Levels,
+    locations: _Points,
+    weights: _Points,
+    part: tuple[int, int],
+    counts: int,
+    queue: _Queue,
+) -> None: ...
+def deform_attn_gather_terms(
+    value: _Value,
+    sizes: _Sizes,
+    levels: _Levels,
+    locations: _Points,
+    weights: _Points,
+    part: tuple[int, int],
+    ends: int,
+    terms: int,
+    grad_output: int,
+    by_value: int,
+    queue: _Queue,
 ) -> None: ...

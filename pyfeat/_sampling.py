@@ -22,11 +22,12 @@ class Levels(NamedTuple):
     align_corners: bool
     discrete: bool
     softmax: bool  # the weights are logits
+    backend: str  # which was chosen for the inputs
 
 
 _INPUTS = (
     "Tensor value, SymInt[] shapes, SymInt[] num_points, Tensor locations, Tensor weights,"
-    " bool border, bool align_corners, bool discrete, bool softmax"
+    " bool border, bool align_corners, bool discrete, bool softmax, str backend"
 )
 torch.library.define("pyfeat::deform_attn", f"({_INPUTS}) -> Tensor")
 torch.library.define(
@@ -51,7 +52,7 @@ def attend(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) ->
 def _implementation(value: Tensor) -> Any:
     if value.device.type == "cpu":
         return _sampling_cpu
-    return importlib.import_module("pyfeat._sampling_cuda")  # with Triton, which takes seconds
+    return importlib.import_module("pyfeat._sampling_cuda")
 
 
 def _forward(value: Tensor, *arguments: Any) -> Tensor:
@@ -79,7 +80,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, locations, weights = ctx.saved_tensors
-    *flags, softmax = ctx.rest
+    *flags, softmax, backend = ctx.rest
     needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
     # What is derived once more must be made of parts that have derivatives.
     apart = softmax and torch.is_grad_enabled()
@@ -94,6 +95,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weights,
         *flags,
         softmax and not apart,
+        backend,
         grad_output,
         *needs,
     )
@@ -112,7 +114,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _second(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
     value, locations, weights, grad_output = ctx.saved_tensors
-    *flags, softmax = ctx.rest[:4]
+    *flags, softmax, backend = ctx.rest[:5]
     if softmax:
         message = (
             "deform_attn: a gradient must be asked for with create_graph=True before it is derived "
@@ -133,14 +135,15 @@ def _second(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
             weights,
             *flags,
             softmax,
+            backend,
             grad_output,
             *of_inputs,
         )
     )
-    flags_and_needs = (None, None, None, None), (None, None, None)
+    flags, needs = (None,) * 5, (None,) * 3
     return (
-        *(grad_value, None, None, grad_locations, grad_weights, *flags_and_needs[0]),
-        *(grad_grad_output, *flags_and_needs[1]),
+        *(grad_value, None, None, grad_locations, grad_weights, *flags),
+        *(grad_grad_output, *needs),
     )
 
 
@@ -178,7 +181,7 @@ def _second_fake(
     weights: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    grad_output = arguments[4]
+    grad_output = arguments[5]
     return tuple(x.new_empty(x.shape) for x in (value, locations, weights, grad_output))
 
 

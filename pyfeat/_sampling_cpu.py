@@ -29,8 +29,9 @@ def _call(
     num_points: list[int],
     locations: Tensor,
     weights: Tensor,
-    *flags: bool,
+    *rest: Any,
 ) -> _Call:
+    flags, _backend = rest[:4], rest[4]
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     value = _with_contiguous_end(value, 1)
     locations = _with_contiguous_end(locations.to(dtype), 2)

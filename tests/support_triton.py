@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyfeat import _contrast_cuda, _sampling_cuda
+from pyfeat import _contrast_cuda
 from pyfeat._pairs import Pairs
 
 if importlib.util.find_spec("triton") is None:
@@ -103,7 +103,7 @@ def masks_of(pairs: Pairs, num_rows: int, num_columns: int) -> tuple[Tensor, Ten
 
 
 class TritonOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs the ops as on a GPU, but for the search, on tensors of any device."""
+    """Runs the ops over pairs as on a GPU, on tensors of any device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -115,8 +115,5 @@ class TritonOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
             torch.ops.pyfeat.pair_sums.default: _contrast_cuda.forward,
             torch.ops.pyfeat.pair_sums_backward.default: _contrast_cuda.backward,
             torch.ops.pyfeat.weighted_features.default: _contrast_cuda.weighted,
-            torch.ops.pyfeat.deform_attn.default: _sampling_cuda.forward,
-            torch.ops.pyfeat.deform_attn_backward.default: _sampling_cuda.backward,
-            torch.ops.pyfeat.deform_attn_second.default: _sampling_cuda.second,
         }
         return launchers.get(func, func)(*args, **(kwargs or {}))

@@ -20,8 +20,13 @@ MMA, WGMMA = "HMMA.16816", "HGMMA.64x"
 ASYNC_COPY, BULK_COPY = "LDGSTS.E.BYPASS.128", "UBLKCP"
 Instructions = tuple[str, ...] | dict[int, tuple[str, ...]]
 MODULE_KERNELS: dict[str, Instructions] = {
+    "count_terms_kernel": (),
+    "gather_kernel": ("SHFL.IDX",),
+    "gather_terms_kernel": ("VOTE", "SHFL.BFLY"),
+    "gradients_kernel": ("SHFL.IDX", "SHFL.BFLY"),
     "pack_memory_kernel": ("DFMA", "SHFL.BFLY"),
     "pack_queries_kernel": ("DFMA", "SHFL.BFLY"),
+    "place_terms_kernel": ("ATOMG.E.ADD.STRONG.GPU",),
     "rank_all_kernel": ("DFMA", "ATOMG.E.CAS.STRONG.GPU"),
     "rank_listed_kernel": ("DFMA", "SHFL.BFLY"),
     "threshold_kernel": ("SHFL.BFLY",),
@@ -74,6 +79,19 @@ def faults_of(kernels: list[Kernel], expected: dict[str, Instructions]) -> list[
 
 def test_kernels_are_as_lean_as_they_are_written(module_kernels: list[Kernel]) -> None:
     assert faults_of(module_kernels, MODULE_KERNELS) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "instruction", "archs"),
+    [("gather", "LDG.E.128", (80, 90)), ("gradients", "REDG.E.ADD.F32x4", (90,))],
+)
+def test_channels_are_read_and_added_16_bytes_at_a_time(
+    name: str, instruction: str, archs: tuple[int, ...], module_kernels: list[Kernel]
+) -> None:
+    for arch in archs:
+        made = [k for k in module_kernels if (k.arch, k.name) == (arch, f"{name}_kernel")]
+        # Of three dtypes in three dimensions; others are read one by one.
+        assert sum(instruction in kernel.instructions for kernel in made) == 9
 
 
 def test_every_source_of_kernels_is_in_the_build(module_kernels: list[Kernel]) -> None:

@@ -40,6 +40,7 @@ def flat_arguments(inputs: Inputs, mode: Mode) -> tuple[Any, ...]:
         mode.align_corners,
         mode.sampling == "discrete",
         mode.softmax,
+        "cpu",
     )
 
 

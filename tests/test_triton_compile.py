@@ -244,6 +244,7 @@ def _sampling_launches(arch: int, every: bool) -> None:
             empty(*rows, len(shapes[0]), dtype=torch.promote_types(dtype, single)),
             empty(*rows, dtype=dtype),
             *modes,
+            "triton",
         )
         grad_output = empty(*rows[:2], 8 * dim, dtype=dtype)
         sorted_too = dtype in (single, double) and (every or shapes is not line)

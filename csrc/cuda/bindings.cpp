@@ -28,4 +28,5 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     m.def("runtime_version", &cuda::runtime_version);
     m.def("driver_version", &cuda::driver_version);
     cuda::bind_search(m);
+    cuda::bind_sampling(m);
 }

@@ -16,6 +16,9 @@ namespace pyfeat::cuda {
 
 namespace py = pybind11;
 
+// Deformable attention.
+void bind_sampling(py::module_& m);
+
 // device index, address of the stream
 using PyQueue = std::pair<int, std::uintptr_t>;
 inline Queue to_queue(const PyQueue& queue) {

@@ -23,4 +23,7 @@ def _search_obstacles(features: Tensor, k: int) -> list[str]:
     return obstacles
 
 
-SERVED: Mapping[str, InputObstacles] = {"knn": _search_obstacles}
+SERVED: Mapping[str, InputObstacles] = {
+    "knn": _search_obstacles,
+    "deform_attn": lambda value, k: [],
+}

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+
+from pyfeat._sampling_inputs import SamplingInputs
 
 # Levels of one launch, and the bits for each size of a level, by the number of its axes; the
 # points of the level take the bits above 48.
@@ -34,32 +35,8 @@ CHANGING += [f"level_{place}" for place in range(MAX_LEVELS)]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """The arguments of deformable attention as its kernels read them; at most 8 levels."""
-
-    value: Tensor  # [B, S, H, D], channels contiguous
-    shapes: tuple[tuple[int, ...], ...]  # L times n sizes
-    num_points: tuple[int, ...]  # of every level
-    locations: Tensor  # [B, Q, H, T, n] contiguous
-    weights: Tensor  # [B, Q, H, T] contiguous
-    border: bool
-    align_corners: bool
-    discrete: bool
-    softmax: bool
-
-    @property
-    def ndim(self) -> int:
-        return self.locations.shape[4]
-
-    @property
-    def is_empty(self) -> bool:
-        """Nothing is sampled: every result is 0."""
-        return 0 in (self.value.numel(), self.locations.numel())
-
-    @property
-    def accumulator(self) -> torch.dtype:
-        """In which sums are taken."""
-        return torch.float64 if self.value.dtype == torch.float64 else torch.float32
+class Sampling(SamplingInputs):
+    """The inputs of at most 8 levels, and what the kernels take for them."""
 
     @property
     def is_wide(self) -> bool:

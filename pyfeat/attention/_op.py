@@ -58,7 +58,7 @@ def deform_attn(
             level, and has no gradient by the locations (RT-DETRv2).
         softmax: ``attention_weights`` are logits, whose softmax over all L P points of a query and head
             is taken on the way.
-        backend: "cpu", "triton" or "reference"; None takes the best for the inputs.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the best for the inputs.
 
     Returns:
         (B, Q, H D), dtype of ``value``.
@@ -96,7 +96,8 @@ def deform_attn(
     sizes = _checked_shapes(spatial_shapes, sampling_locations.shape[-1], value.shape[1])
     counts = _checked_counts(num_points, sampling_locations, len(sizes))
     _check_points(value, sampling_locations, attention_weights, sum(counts))
-    if value.device.type != "meta" and select_backend(_OP, backend, value) == "reference":
+    chosen = "" if value.device.type == "meta" else select_backend(_OP, backend, value)
+    if chosen == "reference":
         return reference.deform_attn(
             value,
             sizes,
@@ -115,6 +116,7 @@ def deform_attn(
         align_corners,
         sampling == "discrete",
         softmax,
+        chosen,
     )
     if num_points is None:
         sampling_locations = sampling_locations.flatten(3, 4)

@@ -47,6 +47,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         align_corners: bool,
         discrete: bool,
         softmax: bool,
+        backend: str,
     ) -> Any:
         if not all(isinstance(number, int) for number in (*shapes, *num_points)):
             message = f"{_OP}: spatial_shapes must be fixed in the export, got dynamic sizes"

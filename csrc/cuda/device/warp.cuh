@@ -7,6 +7,7 @@
 namespace pyfeat::cuda {
 
 constexpr unsigned kWholeWarp = 0xFFFFFFFFU;
+constexpr int kWarpSize = 32;
 
 template <typename T, typename Combine>
 __device__ T warp_reduce(T value, Combine combine) {

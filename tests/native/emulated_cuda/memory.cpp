@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <unordered_map>
 
@@ -287,16 +288,22 @@ const void* hooked_code() {
 }
 
 void allow(const void* address, std::size_t bytes) {
-    if (bytes > 0) {
-        const auto first = reinterpret_cast<std::uintptr_t>(address);
-        std::uintptr_t& end = buffers[first];
-        end = std::max(end, first + bytes);
-        // What was allowed inside is part of it, or was a tensor whose memory it has got.
-        for (auto inner = buffers.upper_bound(first);
-             inner != buffers.end() && inner->first < first + bytes;) {
-            inner = inner->second <= first + bytes ? buffers.erase(inner) : std::next(inner);
-        }
+    if (bytes == 0) {
+        return;
     }
+    // One range for all that overlap: a view of a buffer, or one where another was freed.
+    auto first = reinterpret_cast<std::uintptr_t>(address);
+    std::uintptr_t end = first + bytes;
+    auto found = buffers.upper_bound(first);
+    if (found != buffers.begin() && std::prev(found)->second > first) {
+        --found;
+    }
+    while (found != buffers.end() && found->first < end) {
+        first = std::min(first, found->first);
+        end = std::max(end, found->second);
+        found = buffers.erase(found);
+    }
+    buffers[first] = end;
 }
 
 void forget(const void* address) {
