@@ -12,9 +12,9 @@ namespace pyfeat {
 // that.
 void prefer_huge_pages(void* data, std::int64_t num_bytes);
 
-// Floats on a 64-byte boundary, uninitialised. Blocks of 16 KB to 16 MB that are given back are kept
-// for the next call, 64 MB in all: on small batches the page faults of new ones take longer than
-// the products.
+// Floats on a 64-byte boundary, uninitialised. Blocks of 16 KB to 16 MB that are given back are
+// kept for the next call, 64 MB in all: on small batches the page faults of new ones take longer
+// than the products.
 class AlignedFloats {
   public:
     // Room for `count` values; what was there is lost if that takes another block.
