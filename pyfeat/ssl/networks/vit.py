@@ -224,13 +224,22 @@ class ViT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and two layers, each beside a short cut and after a normalisation."""
+    """Attention and two layers, each beside a short cut and after a normalisation.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+    Args:
+        width: Features of a token.
+        heads: Of the attention; they divide ``width``.
+        mlp_ratio: Hidden features, times ``width``.
+        causal: Each token sees itself and those before it.
+    """
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float = 4.0, *, causal: bool = False
+    ) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = _Attention(width, heads)
+        self.attn = _Attention(width, heads, causal=causal)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = _MLP(width, hidden)
 
@@ -264,16 +273,16 @@ class _MLP(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, count, width = x.shape
         qkv = self.qkv(x).reshape(batch, count, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = functional.scaled_dot_product_attention(q, k, v)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         projected: Tensor = self.proj(y.transpose(1, 2).reshape(batch, count, width))
         return projected
 
