@@ -111,3 +111,63 @@ def deform_attn_gather_terms(
     by_value: int,
     queue: _Queue,
 ) -> None: ...
+
+# Addresses of two packed matrices, dtype, rows, columns, width.
+_Pair = tuple[int, int, Dtype, int, int, int]
+# Addresses of a column bias, ids and groups of rows and columns; keep, separate, only positives.
+_PairTerms = tuple[int, int, int, int, int, bool, bool, bool]
+
+def packed_shape(dtype: Dtype, num_rows: int, dim: int) -> tuple[int, int]: ...
+def pack_features(features: _Matrix, packed: int, queue: _Queue) -> None: ...
+def pair_tile_shape(dtype: Dtype, queue: _Queue) -> tuple[int, int, int]: ...
+def plan_pairs(pair: _Pair, queue: _Queue) -> tuple[int, int, int]: ...
+def pair_sums(
+    pair: _Pair,
+    pairs: _PairTerms,
+    scale: int,
+    row_parts: int,
+    column_parts: int,
+    ids: bool,
+    largest: bool,
+    on_diagonal: bool,
+    queue: _Queue,
+) -> None: ...
+def merge_sums(
+    parts: int,
+    num_slots: int,
+    num_lines: int,
+    lse: int,
+    positives: int,
+    largest: int,
+    queue: _Queue,
+) -> None: ...
+def gradient_terms(
+    lse: int,
+    weights: int,
+    positives: int,
+    factor: int,
+    terms: int,
+    num_lines: int,
+    queue: _Queue,
+) -> None: ...
+def pair_gradient(
+    pair: _Pair,
+    pairs: _PairTerms,
+    scale: int,
+    row_terms: tuple[int, int],
+    column_terms: tuple[int, int],
+    gradient: tuple[int, int],
+    sums: int,
+    queue: _Queue,
+) -> None: ...
+def pair_softplus(
+    pair: _Pair,
+    pairs: _PairTerms,
+    scale: int,
+    bias: int,
+    parts: int,
+    weights: int,
+    gradient: tuple[int, int],
+    queue: _Queue,
+) -> None: ...
+def add_product(pair: _Pair, out: int, stride: int, queue: _Queue) -> None: ...

@@ -13,6 +13,7 @@ from pyfeat._contrast import Pairs, WeightedSide, weighted_features
 from pyfeat._gpu import contrast_products, contrast_sums
 from pyfeat._softplus import pair_softplus
 from pyfeat.losses import clip_loss
+from tests.support_gpu_contrast import BACKENDS, run_with
 from tests.support_losses import LOSSES
 from tests.support_triton import (
     DEVICE,
@@ -24,6 +25,16 @@ from tests.support_triton import (
     triton_product_kernels,
     triton_sums_kernels,
 )
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    run_with(request.param, monkeypatch)
+    return str(request.param)
+
+
+# Of tests that look inside the launchers of one backend.
+only_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -225,6 +236,7 @@ def test_losses_of_16_bits_are_those_of_their_values(dtype: torch.dtype) -> None
 # Dispatch
 
 
+@only_triton
 @pytest.mark.parametrize(
     "op",
     [
@@ -239,6 +251,7 @@ def test_every_op_has_kernels_for_a_gpu(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfeat::{op}", "CUDA")
 
 
+@only_triton
 @pytest.mark.parametrize("op", ["info_nce", "clip_loss", "siglip_loss", "supcon_loss", "swav_loss"])
 def test_nothing_but_the_device_stands_in_the_way_of_triton(op: str) -> None:
     message = rf"{op}: backend 'triton' does not .*\(triton: inputs are on cpu\)"
@@ -246,6 +259,7 @@ def test_nothing_but_the_device_stands_in_the_way_of_triton(op: str) -> None:
         select_backend(op, "triton", torch.zeros(2, 2))
 
 
+@only_triton
 def test_float64_features_go_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_sums_kernels, "_pair_sums_kernel", None)
     monkeypatch.setattr(triton_product_kernels, "_add_product_kernel", None)
@@ -254,6 +268,7 @@ def test_float64_features_go_without_kernels(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.autograd.gradcheck(lambda x, y: clip_loss(x, y, 2.0), (a, b))
 
 
+@only_triton
 def test_the_library_takes_the_products_that_it_is_given() -> None:
     out, gradient = torch.zeros(5, 3, device="meta"), torch.zeros(5, 7, device="meta").bfloat16()
     with pytest.MonkeyPatch.context() as patch:

@@ -29,4 +29,5 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     m.def("driver_version", &cuda::driver_version);
     cuda::bind_search(m);
     cuda::bind_sampling(m);
+    cuda::bind_contrast(m);
 }

@@ -39,5 +39,7 @@ T* to_pointer(std::uintptr_t address) {
 
 // Nearest neighbours.
 void bind_search(py::module_& m);
+// Losses over all pairs.
+void bind_contrast(py::module_& m);
 
 }  // namespace pyfeat::cuda

@@ -155,7 +155,7 @@ class ContrastKernels(Protocol):
             gradient: (L, S), a view with room for whole tiles.
 
         Returns:
-            Parts of the sum of G a.b, float32, of G before it is rounded to 16 bits.
+            Parts of the sum of G a.b, float32 at least, of G before it is rounded to 16 bits.
         """
 
     def add_product(self, out: Tensor, gradient: Tensor, values: Tensor) -> None:

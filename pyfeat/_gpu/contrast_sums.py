@@ -52,7 +52,7 @@ def chunk_shape(
     num_rows: int, num_columns: int, tile: Tile, *, square: bool = False
 ) -> tuple[int, int]:
     """Rows and columns, in whole tiles, whose parts fit _PART_BYTES."""
-    most = _PART_BYTES // (_PART_KINDS * 4 * tile.num_lines)  # tiles
+    most = max(_PART_BYTES // (_PART_KINDS * 4 * tile.num_lines), 1)  # tiles
     row_tiles = max(-(-num_rows // tile.block_m), 1)
     column_tiles = max(-(-num_columns // tile.block_n), 1)
     if square:

@@ -30,4 +30,15 @@ __device__ inline void mma_m16n8k16_bf16(float (&products)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same of float16.
+__device__ inline void mma_m16n8k16_f16(float (&products)[4],
+                                        const std::uint32_t (&a)[4],
+                                        const std::uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(products[0]), "+f"(products[1]), "+f"(products[2]), "+f"(products[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 }  // namespace pyfeat::cuda

@@ -28,12 +28,12 @@ inline TileSchedule plan_products(const Site& site,
         a.num_panels, b.num_panels, tile_columns(site), tile_step, num_multiprocessors(site));
 }
 
-template <typename Tile, typename Params>
+template <typename Tile, typename Operand, typename Params>
 void launch_tiles(const Site& site,
-                  void (*kernel)(Panels, Panels, TileSchedule, Params),
+                  void (*kernel)(Operand, Operand, TileSchedule, Params),
                   int scratch_bytes,
-                  const Panels& a,
-                  const Panels& b,
+                  const Operand& a,
+                  const Operand& b,
                   const TileSchedule& schedule,
                   const Params& params) {
     const std::int64_t workers = num_multiprocessors(site), tasks = schedule.num_tasks();

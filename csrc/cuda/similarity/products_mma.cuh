@@ -45,7 +45,9 @@ __device__ inline void load_mma_stage(char* stage,
     }
 }
 
-// Adds the products of one block, 64 columns of both operands, to those of this warp.
+// Adds the products of one block, 64 columns of both operands, to those of this warp. Values are
+// bfloat16, or float16 in the same layout.
+template <bool kFloat16>
 __device__ inline void multiply_mma_stage(const char* stage,
                                           int warp,
                                           int lane,
@@ -73,7 +75,11 @@ __device__ inline void multiply_mma_stage(const char* stage,
         for (int i = 0; i < MmaTile::kRowFragments; ++i) {
 #pragma unroll
             for (int j = 0; j < MmaTile::kColumnFragments; ++j) {
-                mma_m16n8k16_bf16(products[i][j], rows[i], columns[j]);
+                if constexpr (kFloat16) {
+                    mma_m16n8k16_f16(products[i][j], rows[i], columns[j]);
+                } else {
+                    mma_m16n8k16_bf16(products[i][j], rows[i], columns[j]);
+                }
             }
         }
     }
@@ -93,29 +99,49 @@ __device__ void clear_products(float (&products)[M][N][4]) {
     }
 }
 
+// Operands of a staged product of 16-bit values.
+template <bool kFloat16>
+struct MmaOperands {
+    using Packed = Panels;
+    static constexpr int kStages = MmaTile::kStages;
+    static constexpr int kStageBytes = MmaTile::kStageBytes;
+
+    __device__ static void load(char* stage,
+                                const Packed& a,
+                                const Packed& b,
+                                const TileCursor& cursor) {
+        load_mma_stage(stage, a, b, cursor);
+    }
+    __device__ static void multiply(const char* stage, int warp, int lane, MmaProducts& products) {
+        multiply_mma_stage<kFloat16>(stage, warp, lane, products);
+    }
+};
+
 // One thread block takes every gridDim.x-th task. Copies run two blocks ahead of the products, also
-// across tiles and tasks, so that an epilogue runs while the next tile is on its way. Bound by the
-// tensor cores; the second-level cache supplies 64 flop a byte.
-template <template <int, int> class EpilogueOf>
-__global__ void __launch_bounds__(MmaTile::kThreads, 1) tile_products_mma(
-    Panels a, Panels b, TileSchedule schedule, typename MmaEpilogue<EpilogueOf>::Params params) {
-    using Epilogue = MmaEpilogue<EpilogueOf>;
+// across tiles and tasks, so that an epilogue runs while the next tile is on its way.
+template <typename Operands, template <int, int> class EpilogueOf>
+__device__ void staged_tile_products(const typename Operands::Packed& a,
+                                     const typename Operands::Packed& b,
+                                     const TileSchedule& schedule,
+                                     const typename MmaEpilogue<EpilogueOf>::Params& params) {
+    constexpr int kStages = Operands::kStages, kStageBytes = Operands::kStageBytes;
     char* shared = dynamic_shared();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    Epilogue epilogue(params, TileThreads{warp, lane, shared + MmaTile::kSharedBytes});
+    MmaEpilogue<EpilogueOf> epilogue(params,
+                                     TileThreads{warp, lane, shared + kStages * kStageBytes});
     TileCursor loading(schedule, blockIdx.x, gridDim.x, a.num_blocks), cursor = loading;
 
     int load_stage = 0, stage = 0;
     const auto load_next = [&] {
         if (!loading.done()) {
-            load_mma_stage(shared + load_stage * MmaTile::kStageBytes, a, b, loading);
+            Operands::load(shared + load_stage * kStageBytes, a, b, loading);
             loading.next();
         }
         copy_async_commit();  // also where there is nothing left: groups are counted
-        load_stage = load_stage + 1 == MmaTile::kStages ? 0 : load_stage + 1;
+        load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
     };
 #pragma unroll
-    for (int i = 0; i < MmaTile::kStages - 1; ++i) {
+    for (int i = 0; i < kStages - 1; ++i) {
         load_next();
     }
 
@@ -126,11 +152,11 @@ __global__ void __launch_bounds__(MmaTile::kThreads, 1) tile_products_mma(
         if (cursor.starts_task()) {
             epilogue.begin(row + warp / 4 * 64, cursor.range());
         }
-        copy_async_wait<MmaTile::kStages - 2>();
+        copy_async_wait<kStages - 2>();
         __syncthreads();  // the stage is there for all, and the one before it is free
         load_next();
-        multiply_mma_stage(shared + stage * MmaTile::kStageBytes, warp, lane, products);
-        stage = stage + 1 == MmaTile::kStages ? 0 : stage + 1;
+        Operands::multiply(shared + stage * kStageBytes, warp, lane, products);
+        stage = stage + 1 == kStages ? 0 : stage + 1;
         if (cursor.ends_tile()) {
             const std::int64_t tile = cursor.column_tile();
             epilogue.tile(products, tile * MmaTile::kColumns + warp % 4 * 32);
@@ -140,6 +166,20 @@ __global__ void __launch_bounds__(MmaTile::kThreads, 1) tile_products_mma(
             }
         }
     }
+}
+
+// Bound by the tensor cores; the second-level cache supplies 64 flop a byte.
+template <template <int, int> class EpilogueOf>
+__global__ void __launch_bounds__(MmaTile::kThreads, 1) tile_products_mma(
+    Panels a, Panels b, TileSchedule schedule, typename MmaEpilogue<EpilogueOf>::Params params) {
+    staged_tile_products<MmaOperands<false>, EpilogueOf>(a, b, schedule, params);
+}
+
+// The same of float16 values.
+template <template <int, int> class EpilogueOf>
+__global__ void __launch_bounds__(MmaTile::kThreads, 1) tile_products_mma_f16(
+    Panels a, Panels b, TileSchedule schedule, typename MmaEpilogue<EpilogueOf>::Params params) {
+    staged_tile_products<MmaOperands<true>, EpilogueOf>(a, b, schedule, params);
 }
 
 }  // namespace pyfeat::cuda

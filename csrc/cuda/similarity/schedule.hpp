@@ -27,6 +27,9 @@ struct TileSchedule {
     std::int32_t tile_step;     // 1: all of B; s: every s-th tile
     std::int32_t range_tiles;   // tiles of a range; the last may have fewer
     std::int32_t ranges;
+    // 0: all tiles; else rows and columns are the same, in panels, a tile has so many of them in
+    // its columns, and tiles left of the diagonal are not multiplied.
+    std::int32_t diagonal_panels = 0;
 
     static constexpr int kSweep = 8;
 
@@ -40,6 +43,12 @@ struct TileSchedule {
         const std::int64_t height = left < kSweep ? left : kSweep;
         return {static_cast<std::int32_t>(first + within % height),
                 static_cast<std::int32_t>(within / height)};
+    }
+    // The first tile of a range that is multiplied for these rows; range_end or more: none is.
+    PYFEAT_HOST_DEVICE std::int32_t range_begin(const TileTask& task) const {
+        const std::int32_t begin = task.range * range_tiles;
+        const std::int32_t diagonal = diagonal_panels == 0 ? 0 : task.row_block / diagonal_panels;
+        return begin < diagonal ? diagonal : begin;
     }
     // One past the last tile of a range.
     PYFEAT_HOST_DEVICE std::int32_t range_end(std::int32_t range) const {
@@ -94,7 +103,7 @@ class TileCursor {
         return block_;
     }
     PYFEAT_HOST_DEVICE bool starts_task() const {
-        return block_ == 0 && tile_ == current_.range * schedule_.range_tiles;
+        return block_ == 0 && tile_ == schedule_.range_begin(current_);
     }
     PYFEAT_HOST_DEVICE bool ends_tile() const {
         return block_ == num_blocks_ - 1;
@@ -118,12 +127,14 @@ class TileCursor {
 
   private:
     PYFEAT_HOST_DEVICE void begin_task() {
-        if (done()) {
-            return;
+        for (; !done(); task_ += step_) {
+            current_ = schedule_.task(task_);
+            tile_ = schedule_.range_begin(current_);
+            end_ = schedule_.range_end(current_.range);
+            if (tile_ < end_) {
+                return;
+            }
         }
-        current_ = schedule_.task(task_);
-        tile_ = current_.range * schedule_.range_tiles;
-        end_ = schedule_.range_end(current_.range);
     }
 
     const TileSchedule& schedule_;
