@@ -13,6 +13,7 @@ _EXTRAS = {
     "bank": "safetensors",
     "anomaly": "sklearn",
     "demo": "elpv_dataset",
+    "train": "lightning",
     "hf": "transformers",
     "timm": "timm",
     "gpu": "triton",

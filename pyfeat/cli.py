@@ -1,4 +1,4 @@
-"""The command line: ``pyfeat demo``, ``fit``, ``score`` and ``info``."""
+"""The command line: ``pyfeat demo``, ``fit``, ``score``, ``train`` and ``info``."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pyfeat import _C
+from pyfeat._extras import require
 from pyfeat._info import info as installation
 from pyfeat._storage import check_replaceable
 from pyfeat.anomaly.images import SkippedImage
@@ -70,7 +71,7 @@ def fit(
     images: Annotated[Path, typer.Argument(help="Folder of normal images, or one image.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the model to write.")],
     backbone: Annotated[
-        str, typer.Option(help="efficientnet_lite0, timm:NAME or hf:FOLDER_OR_NAME.")
+        str, typer.Option(help="efficientnet_lite0, timm:NAME, hf:FOLDER_OR_NAME or run:FOLDER.")
     ] = "efficientnet_lite0",
     layer: Annotated[
         list[str] | None, typer.Option(help="Stage to take features from; repeat for several.")
@@ -143,6 +144,44 @@ def score(
         count = write_ranking(loaded, images, out, strict=strict, force=force)
         _say_skipped(loaded.skipped)
         _say(f"ranked {count} images\nopen {out / 'index.html'}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of the run.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys that win over the file: training.epochs=5.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run folder.")
+    ] = False,
+    help_config: Annotated[
+        bool, typer.Option("--help-config", help="Say what every key of a configuration means.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Train a backbone on images, volumes or captions, without labels."""
+    with _plain_errors():
+        require("lightning", extra="train", op="pyfeat train")
+        from pyfeat.ssl.config import help_text, load_config
+
+        if help_config:
+            _say(help_text())
+            return
+        if config is None:
+            message = "pyfeat train: CONFIG must be given, got nothing; see --help-config"
+            raise ValueError(message)
+        from pyfeat.ssl.training import fit as run_training
+
+        run = run_training(load_config(config, overrides or ()), resume=resume, force=force)
+        if not run.finished:
+            typer.echo(f"stopped after step {run.steps_done}; go on with --resume", err=True)
+            raise typer.Exit(130)
+        latest = {name: value for _, _, name, value in run.metrics()}
+        for name in ("loss", "probe/knn", "probe/linear", "collapse/effective_rank"):
+            if name in latest:
+                _say(f"{name} {latest[name]:.4g}")
+        _say(f"trained {run.steps_done} steps\nwrote {run.folder}")
 
 
 @app.command()

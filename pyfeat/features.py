@@ -1,5 +1,6 @@
 """Backbones: images in, feature maps out, behind one protocol."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ from pyfeat._backbones.layers import OP
 from pyfeat._backbones.lite0 import load_lite0
 from pyfeat._backbones.modules import from_module
 from pyfeat._backbones.timm_models import load_timm
+from pyfeat._backbones.trained import load_trained
 from pyfeat._backbones.transformers_models import load_transformers
 
 
@@ -61,6 +63,8 @@ def load_backbone(
             "_blocks.15", of which the last of stride 8 (40 channels) and the last of stride 16
             (112 channels) are the default; the blocks after the last layer are not run.
             "timm:<name>"; layers are indices of its ``features_only`` maps, such as "2".
+            "run:<folder>" of ``pyfeat train``, the newest checkpoint; layers are indices of its
+            stages, such as "2".
             "hf:<folder or name>", through transformers; layers are stage names ("stage9") where
             AutoBackbone knows the model, else indices of the hidden states ("9", after block 9).
             A module; ``layers`` are dotted names of submodules, and the forward pass stops when
@@ -122,10 +126,12 @@ def load_backbone(
         body = load_timm(name, wanted)
     elif kind == "hf" and name:
         body = load_transformers(name, wanted)
+    elif kind == "run" and name:
+        body = load_trained(name, wanted)
     else:
         message = (
-            f"{OP}: spec must be 'efficientnet_lite0', 'timm:<name>' or 'hf:<folder or name>', "
-            f"got {spec!r}"
+            f"{OP}: spec must be 'efficientnet_lite0', 'timm:<name>', 'hf:<folder or name>' or "
+            f"'run:<folder>', got {spec!r}"
         )
         raise ValueError(message)
     place = to_device(device or "cpu")
@@ -133,6 +139,31 @@ def load_backbone(
     body = body.eval().requires_grad_(False)
     body = body.to(place, dtype, memory_format=torch.channels_last)
     return Network(spec, body, place, dtype, torch.channels_last, compile)
+
+
+def load(
+    run: str | os.PathLike[str],
+    *,
+    layers: Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+) -> Backbone:
+    """Load the backbone of a run of ``pyfeat train``.
+
+    Args:
+        run: Its folder, of which the newest checkpoint is taken.
+        layers: As ``load_backbone``.
+        device: As ``load_backbone``.
+
+    Returns:
+        A Backbone in float32, for ``PatchCore`` and probes; "run:<folder>" is its name.
+
+    Raises:
+        FileNotFoundError: If there is no run, or no checkpoint in it.
+        ValueError: If the run is not on images, or a layer is unknown.
+        ImportError: If the extra ``train`` is not installed.
+    """
+    spec = f"run:{os.fspath(run)}"
+    return load_backbone(spec, layers=layers, device=device, dtype=torch.float32)
 
 
 def _as_layers(layers: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -51,7 +51,7 @@ def test_the_import_takes_less_than_three_tenths_of_a_second_beyond_torch() -> N
 def test_optional_packages_are_not_imported_with_pyfeat() -> None:
     program = (
         "import sys, torch; before = set(sys.modules); import pyfeat; heavy = {'PIL', 'matplotlib', 'sklearn', 'tqdm', 'transformers', "
-        "'safetensors', 'typer', 'torch._dynamo'}; found = heavy & "
+        "'safetensors', 'typer', 'lightning', 'kornia', 'nibabel', 'yaml', 'torch._dynamo'}; found = heavy & "
         "(set(sys.modules) - before); assert not found, found"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

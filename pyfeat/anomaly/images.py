@@ -118,7 +118,7 @@ class ImageStream:
         self._op, self._size, self._strict = op, size, strict
         self._started = False
         if isinstance(images, str | os.PathLike):
-            images = _find(images, op)
+            images = find_images(images, op)
         elif isinstance(images, list | tuple):
             for item in images:
                 if isinstance(item, str | os.PathLike):
@@ -259,7 +259,7 @@ class _UnusableError(Exception):
     """The image at hand is bad, not the call: it is skipped unless the stream is strict."""
 
 
-def _find(path: str | os.PathLike[str], op: str) -> list[str]:
+def find_images(path: str | os.PathLike[str], op: str) -> list[str]:
     """Return the image files of a folder in natural order, or the one file given."""
     folder = Path(path)
     if not folder.is_dir() or not os.fspath(path):  # Path("") would be the current folder

@@ -27,7 +27,7 @@ OP = "pyfeat train"
 class Optimiser:
     """How weights are changed."""
 
-    name: Annotated[Literal["adamw", "sgd"], "Rule of the change."] = "adamw"
+    name: Annotated[Literal["adamw", "sgd", "lars"], "Rule of the change."] = "adamw"
     lr: Annotated[float, "Learning rate after the warm-up.", POSITIVE] = 1e-3
     weight_decay: Annotated[
         float, "Of weights with two or more axes; biases and norms have none.", NOT_NEGATIVE
@@ -35,7 +35,7 @@ class Optimiser:
     betas: Annotated[
         tuple[float, float], "Decay of both averages of adamw.", Range(low=0, below=1)
     ] = (0.9, 0.999)
-    momentum: Annotated[float, "Of sgd.", Range(low=0, below=1)] = 0.9
+    momentum: Annotated[float, "Of sgd and lars.", Range(low=0, below=1)] = 0.9
     warmup_epochs: Annotated[float, "Epochs in which lr rises from 0.", NOT_NEGATIVE] = 0.0
     final_lr: Annotated[float, "Fraction of lr that the cosine ends at.", FRACTION] = 0.0
     clip_norm: Annotated[float | None, "Longest gradient of all weights together.", POSITIVE] = None
@@ -47,7 +47,9 @@ class Training:
 
     epochs: Annotated[int, "Passes over the data.", AT_LEAST_ONE] = 100
     batch_size: Annotated[int, "Samples a step, over all processes together.", AT_LEAST_ONE] = 256
-    seed: Annotated[int, "Equal seeds give equal runs on the CPU.", NOT_NEGATIVE] = 0
+    seed: Annotated[
+        int, "Equal seeds give equal runs on the CPU.", Range(low=0, high=2**32 - 1)
+    ] = 0
     precision: Annotated[
         Literal["32-true", "bf16-mixed", "16-mixed"], "Of the forward pass, as Lightning names it."
     ] = "32-true"

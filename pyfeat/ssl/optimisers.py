@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pyfeat.ssl.config import Optimiser
+from pyfeat.ssl.parts.optimisers import LARS
 
 
 def make_optimiser(
@@ -15,7 +16,8 @@ def make_optimiser(
     """Make an optimiser of the parameters that need gradients.
 
     Args:
-        parameters: Names and parameters. Those with fewer than two axes have no weight decay.
+        parameters: Names and parameters. Those with fewer than two axes have no weight decay,
+            and no trust ratio in lars.
         settings: Rule and numbers.
 
     Raises:
@@ -32,6 +34,8 @@ def make_optimiser(
     groups = [group for group in groups if group["params"]]
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    if settings.name == "lars":
+        return LARS(groups, lr=settings.lr, momentum=settings.momentum)
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
 
 

@@ -1,6 +1,7 @@
 """What every objective is: a LightningModule around a backbone, with one loss and a few hooks."""
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,6 +58,19 @@ class Plan:
         return self.steps_per_epoch * self.epochs
 
 
+class NonFiniteLossError(ValueError):
+    """The loss is NaN or infinite.
+
+    Attributes:
+        step: Counted from 1.
+        indices: Samples of the batch of this process; empty if its own loss is finite.
+    """
+
+    def __init__(self, step: int, indices: list[int]) -> None:
+        super().__init__(f"pyfeat train: loss must be finite, got NaN or infinity in step {step}")
+        self.step, self.indices = step, indices
+
+
 class Objective(LightningModule, abc.ABC):
     """A loss on batches, and what has to be done beside it.
 
@@ -75,6 +89,9 @@ class Objective(LightningModule, abc.ABC):
         backbone: As given.
         options: As given.
         plan: As given.
+        mean_loss: Of the latest step, over all processes.
+        stop_asked: Set to True to end the run after a step.
+        stop_agreed: Whether a process had been asked to before the latest step.
     """
 
     backbone: Any  # nn.Module and Features
@@ -82,6 +99,8 @@ class Objective(LightningModule, abc.ABC):
     def __init__(self, backbone: nn.Module, options: Any, plan: Plan) -> None:
         super().__init__()
         self.backbone, self.options, self.plan = backbone, options, plan
+        self.stop_asked = self.stop_agreed = False
+        self.mean_loss = math.nan
 
     @abc.abstractmethod
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -127,8 +146,25 @@ class Objective(LightningModule, abc.ABC):
         return int(self.global_step) if self._trainer is not None else 0
 
     def training_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        """Compute the losses of one step; Lightning calls it."""
-        return self.training_loss(batch)
+        """Compute the losses of one step; Lightning calls it.
+
+        Raises:
+            NonFiniteLossError: On all processes, if the loss of one is NaN or infinite. The weights
+                are still those of the step before.
+        """
+        losses = self.training_loss(batch)
+        loss = losses["loss"].detach().double()
+        # One message between processes a step, or one wait for the device.
+        told = torch.stack([loss, (~loss.isfinite()).double(), loss.new_tensor(self.stop_asked)])
+        if self.group is not None:
+            dist.all_reduce(told, group=self.group)
+        total, num_bad, num_asked = told.tolist()
+        if num_bad:
+            own = math.isfinite(float(loss))
+            raise NonFiniteLossError(self.steps_done + 1, [] if own else batch["index"].tolist())
+        self.mean_loss = total / (dist.get_world_size(self.group) if self.group is not None else 1)
+        self.stop_agreed = num_asked > 0
+        return {name: x if name == "loss" else x.detach() for name, x in losses.items()}
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimiser of the plan, with a warm-up and a cosine; Lightning calls it."""
