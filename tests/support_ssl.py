@@ -173,13 +173,15 @@ def start_processes(values: dict[str, Any], count: int) -> list[subprocess.Popen
     return started
 
 
-def interrupt_at(objective: type[Objective], step: int) -> Any:
-    """A ``start_epoch`` or step hook that sends Ctrl-C to this process before a step."""
+def interrupt_at(
+    objective: type[Objective], step: int, number: signal.Signals = signal.SIGINT
+) -> Any:
+    """A ``training_loss`` that sends Ctrl-C, or another signal, to this process in a step."""
     original = objective.training_loss
 
     def training_loss(self: Objective, batch: Batch) -> dict[str, Tensor]:
         if self.steps_done + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return original(self, batch)
 
     return training_loss

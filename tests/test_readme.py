@@ -30,6 +30,8 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for i in range(3):
             pixels = rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / folder / f"{i}.png")
+    [yaml] = [block for language, block in BLOCKS if language == "yaml"]
+    (tmp_path / "run.yaml").write_text(yaml)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -50,12 +52,15 @@ def test_the_python_snippets_run_in_order(photos: Path, capsys: pytest.CaptureFi
 
 def test_the_pyfeat_commands_run(photos: Path) -> None:
     commands = [words[1:] for words in COMMANDS if words and words[0] == "pyfeat"]
-    assert [words[0] for words in commands] == ["fit", "score", "info"]
+    kinds = ["fit", "score", "train", "train", "train", "fit", "info"]
+    assert [words[0] for words in commands] == kinds
+    short = ["training.epochs=1", "training.batch_size=2", "network.width=8"]
     for words in commands:
-        result = CliRunner().invoke(app, words)
+        result = CliRunner().invoke(app, words + (short if "run.yaml" in words else []))
         assert result.exit_code == 0, result.output
     assert (photos / "report" / "index.html").is_file()
     assert (photos / "report" / "ranking.csv").is_file()
+    assert (photos / "run" / "curves.png").is_file()
 
 
 def test_the_make_targets_and_extras_exist() -> None:

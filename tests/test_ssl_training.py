@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,25 @@ def test_a_run_leaves_what_it_should(whole: Run) -> None:
     assert {name for _, _, name, _ in rows} >= {"lr", "loss/norm", "collapse/alignment"}
 
 
-@pytest.mark.parametrize("step", [7, 10], ids=["in mid-epoch", "at the end of an epoch"])
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(7, signal.SIGINT), (10, signal.SIGINT), (8, signal.SIGTERM)],
+    ids=["in mid-epoch", "at the end of an epoch", "by the end of a job"],
+)
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
-    images: Path, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    images: Path,
+    whole: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    number: signal.Signals,
 ) -> None:
     config = tiny_config(images, tmp_path / "run", training={"checkpoint_every": 3, "keep": 9})
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Tiny, "training_loss", support_ssl.interrupt_at(Tiny, step))
+        patch.setattr(Tiny, "training_loss", support_ssl.interrupt_at(Tiny, step, number))
         stopped = fit(config)
+    assert signal.getsignal(number) is before
     assert not stopped.finished
     assert stopped.steps_done == step
     torch.manual_seed(123)  # the state of the process must not matter

@@ -73,8 +73,11 @@ def fit(config: Config, *, resume: bool = False, force: bool = False) -> Run:
             trainer.fit(objective, datamodule=_Data(source, config), ckpt_path=checkpoint)
         except NonFiniteLossError as error:
             raise _named(error, source, folder) from error
-        except SystemExit as error:  # what Lightning makes of the second Ctrl-C
-            raise KeyboardInterrupt from error
+        except SystemExit as error:
+            # What Lightning makes of the second Ctrl-C, and, after the checkpoint, of the signal
+            # that ends jobs.
+            if not objective.stop_agreed:
+                raise KeyboardInterrupt from error
     return Run(folder)
 
 
