@@ -100,7 +100,10 @@ def test_a_failed_build_says_which_compiler_to_install() -> None:
 
 @elf
 @pytest.mark.parametrize("module", ["_C", "_cuda"])
-def test_a_compiled_module_needs_nothing_that_others_may_lack(module: str) -> None:
+def test_a_compiled_module_needs_nothing_that_others_may_lack(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, f"pyfeat.{module}", raising=False)  # an emulated one
     spec = find_spec(f"pyfeat.{module}")
     if spec is None:
         assert module == "_cuda"  # an option of the build
@@ -242,7 +245,10 @@ def test_the_smoke_test_calls_every_op() -> None:
                 assert f"{module.__name__.rpartition('.')[2]}.{name}(" in program, name
 
 
-def test_the_smoke_test_fails_where_the_cuda_module_should_be_and_is_not(tmp_path: Path) -> None:
+def test_the_smoke_test_fails_where_the_cuda_module_should_be_and_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "pyfeat._cuda", raising=False)  # an emulated one
     if find_spec("pyfeat._cuda") is not None:
         return
     command = [sys.executable, "-I", str(ROOT / "tests" / "archives" / "smoke.py"), "--cuda"]

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,30 @@ pytestmark = [
 Kernel = dict[str, Any]
 
 
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """For each architecture what waits for its compiler, which runs beside those of the others."""
+
+    def compile_for(arch: int) -> subprocess.CompletedProcess[str]:
+        environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+        environment.pop("TRITON_INTERPRET", None)
+        return subprocess.run(
+            [sys.executable, "-m", "tests.test_triton_compile", str(arch)],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    pool = ThreadPoolExecutor(len(ARCHS))
+    return {arch: pool.submit(compile_for, arch) for arch in ARCHS}
+
+
 @pytest.fixture(scope="module", params=ARCHS, ids=lambda arch: f"sm_{arch}")
-def compiled(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, list[Kernel]]:
+def compiled(request: pytest.FixtureRequest, compilers: dict[int, Any]) -> tuple[int, list[Kernel]]:
     """The architecture, and what came out of the compiler for it."""
-    environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_triton_compile", str(request.param)],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = compilers[request.param].result()
     assert done.returncode == 0, done.stderr
     return request.param, [json.loads(line) for line in done.stdout.splitlines()]
 

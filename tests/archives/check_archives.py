@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 DISTRIBUTION = "pyfeat_kernels"
 SUFFIXES = {".py", ".pyi", ".html", ".json", ".so", ".pyd"}
 DEPENDENCIES = {"numpy", "torch"}
-EXTRAS = {"anomaly", "bank", "demo", "gpu", "hf", "onnx", "timm"}
+EXTRAS = {"anomaly", "bank", "demo", "gpu", "hf", "onnx", "timm", "train"}
 SIZE_LIMIT = 10_000_000  # bytes of a wheel
 SIZE_LIMIT_CUDA = 100_000_000  # what PyPI takes
 
