@@ -1,5 +1,6 @@
 """Deformable attention by the kernels of both GPU backends against the float64 reference."""
 
+import importlib.util
 import math
 from typing import Any
 
@@ -11,6 +12,9 @@ import pyfeat
 from pyfeat import reference
 from tests.support_attention import EMPTY, SHAPES, Inputs, make_inputs
 from tests.support_sampling import MODES, Kernels, SamplingOps, assert_right, kernels_of
+
+if importlib.util.find_spec("triton") is not None:
+    importlib.import_module("tests.support_triton")  # says how triton is to run
 
 
 @pytest.fixture(params=["cuda", "triton"])
