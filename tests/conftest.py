@@ -1,9 +1,14 @@
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Whoever imports Triton first decides how it runs.
+if importlib.util.find_spec("triton") is not None:
+    importlib.import_module("tests.support_triton")
 
 # Without it, cuBLAS has no deterministic algorithms. It is read when a device is first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
