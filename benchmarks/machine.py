@@ -84,7 +84,7 @@ def describe_machine(
         f"{package} {package_version(package)}" for package in ("torch", "numpy", *sorted(packages))
     )
     return [
-        f"processor: {_cpuinfo('model name') or platform.processor() or platform.machine()}, "
+        f"processor: {processor_name()}, "
         f"{os.cpu_count()} logical processors, {num_threads} threads for every contender; "
         f"load by other work before the run {load:.1f}",
         f"caches: {', '.join(_caches()) or 'unknown'}",
@@ -115,6 +115,11 @@ def _cpuinfo(field: str) -> str:
         if name.strip() == field:
             return value.strip()
     return ""
+
+
+def processor_name() -> str:
+    """As the system calls it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def _caches() -> Iterable[str]:

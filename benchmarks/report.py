@@ -1,7 +1,7 @@
 """Markdown of the records: a part for each family, a table for each section."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from benchmarks.records import UNITS, Peak, Record, Results, Timed
@@ -20,6 +20,7 @@ only, or memory read in order.
 """
 
 Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 
 
 def merge_reports(old: str, families: Mapping[str, str]) -> str:
@@ -165,9 +166,9 @@ def three_digits(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def grouped(items: Iterable[Item], key: Callable[[Item], str]) -> dict[str, list[Item]]:
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
     """Items by key, both in the order in which they come."""
-    groups: dict[str, list[Item]] = {}
+    groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups

@@ -1,0 +1,1 @@
+"""Proofs on real data that a method does what it is for; ``python -m benchmarks.methods``."""
