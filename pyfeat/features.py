@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,11 @@ from pyfeat._backbones.layers import OP
 from pyfeat._backbones.lite0 import load_lite0
 from pyfeat._backbones.modules import from_module
 from pyfeat._backbones.timm_models import load_timm
-from pyfeat._backbones.trained import load_trained
+from pyfeat._backbones.trained import load_trained, load_trained_volumes
 from pyfeat._backbones.transformers_models import load_transformers
+
+if TYPE_CHECKING:
+    from pyfeat.ssl.networks.slices import VolumeEncoder
 
 
 @runtime_checkable
@@ -159,11 +162,34 @@ def load(
 
     Raises:
         FileNotFoundError: If there is no run, or no checkpoint in it.
-        ValueError: If the run is not on images, or a layer is unknown.
+        ValueError: If the network is not one of images, or a layer is unknown.
         ImportError: If the extra ``train`` is not installed.
     """
     spec = f"run:{os.fspath(run)}"
     return load_backbone(spec, layers=layers, device=device, dtype=torch.float32)
+
+
+def load_volumes(
+    run: str | os.PathLike[str], *, device: str | torch.device | None = None
+) -> "VolumeEncoder":
+    """Load what a run of the objective ``image_volume`` has learned of volumes.
+
+    Args:
+        run: Its folder, of which the newest checkpoint is taken.
+        device: Where to run; None is the CPU.
+
+    Returns:
+        A module in evaluation mode that needs no gradients: volumes (B, C, N, H, W) float32 in [0, 1],
+        N slices along the axis they were trained along, to features (B, D) of length 1; its
+        ``each_slice`` gives (B, N, D), each slice by itself. ``load`` gives the network of images
+        alone.
+
+    Raises:
+        FileNotFoundError: If there is no run, or no checkpoint in it.
+        ValueError: If the run is of another objective, or does not fit its configuration.
+        ImportError: If the extra ``train`` is not installed.
+    """
+    return load_trained_volumes(os.fspath(run)).to(device or "cpu")
 
 
 def _as_layers(layers: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("kornia")
 
@@ -95,6 +95,47 @@ def test_a_volume_is_turned_and_stays_a_volume() -> None:
     assert len({round(float(x.sum()), 3) for x in view}) == 3
     still = VolumeAugmentation(degrees=0.0, scale=(1, 1), shift=0.0, flip=0.0, jitter=(0, 0))
     torch.testing.assert_close(still(volumes), volumes, atol=1e-4, rtol=0)
+
+
+def test_slices_are_not_turned_round_unless_asked_for() -> None:
+    volumes = torch.arange(6.0).view(1, 1, 6, 1, 1).expand(16, 1, 6, 8, 8) / 5
+    still = {"degrees": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "jitter": (0.0, 0.0)}
+    for depth_flip, directions in ((0.0, {1}), (1.0, {-1}), (0.5, {-1, 1}), (None, {-1, 1})):
+        view = VolumeAugmentation(flip=0.5, depth_flip=depth_flip, **still)(volumes)  # type: ignore[arg-type]
+        slopes = (view[:, 0, -1] - view[:, 0, 0]).mean(dim=(1, 2))
+        assert set(slopes.sign().int().tolist()) == directions
+        torch.testing.assert_close(slopes.abs(), torch.ones(16), atol=1e-4, rtol=0)
+
+
+def test_intensities_of_volumes_change_as_asked_for() -> None:
+    still = {"degrees": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "jitter": (0.0, 0.0), "flip": 0.0}
+    volumes = torch.linspace(0.1, 0.9, 4 * 8 * 8).view(1, 1, 4, 8, 8).expand(64, 2, 4, 8, 8)
+
+    def view(**changes: float) -> Tensor:
+        changed: Tensor = VolumeAugmentation(**still, **changes)(volumes)  # type: ignore[arg-type]
+        assert changed.shape == volumes.shape
+        return changed
+
+    powers = view(gamma=0.5).log() / volumes.log()  # one to a volume
+    torch.testing.assert_close(
+        powers, powers[:, :1, :1, :1, :1].expand_as(powers), atol=0.02, rtol=0
+    )
+    logs = powers[:, 0, 0, 0, 0].log()
+    assert -0.51 < float(logs.min()) < -0.4
+    assert 0.4 < float(logs.max()) < 0.51
+    fields = (view(bias=0.3) / volumes).log()  # straight but in the middle
+    bends = fields[..., 2:] + fields[..., :-2] - 2 * fields[..., 1:-1]
+    assert 0.1 < float(fields.std()) < 0.3
+    assert float(bends[..., [0, 1, 4, 5]].abs().max()) < 1e-5
+    torch.testing.assert_close(fields[:, :1], fields[:, 1:], atol=1e-4, rtol=0)
+    noise = (view(noise=0.2) - volumes).std(dim=(1, 2, 3, 4))
+    assert float(noise.max()) < 0.21
+    assert 0.07 < float(noise.mean()) < 0.13
+    blurred = VolumeAugmentation(**still, blur=1.0)(torch.rand(4, 1, 3, 16, 16))  # type: ignore[arg-type]
+    assert float(blurred.std()) < 0.2  # of uniform noise 0.29
+    apart = torch.zeros(1, 1, 3, 8, 8)
+    apart[:, :, 1] = 1.0
+    torch.testing.assert_close(VolumeAugmentation(**still, blur=1.0)(apart), apart)  # type: ignore[arg-type]
 
 
 def test_views_come_in_order() -> None:

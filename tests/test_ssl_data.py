@@ -192,6 +192,36 @@ def test_volumes_are_scaled_and_resized(tmp_path: Path) -> None:
     assert (float(volume.min()), float(volume.max())) == (0.0, 1.0)
 
 
+def test_images_come_beside_volumes(tmp_path: Path) -> None:
+    (tmp_path / "volumes").mkdir()
+    np.save(tmp_path / "volumes" / "a.npy", np.arange(24.0).reshape(2, 3, 4))
+    for i in range(3):
+        _image(tmp_path / "images" / f"{i}.png", 51 * (i + 1))
+    options = VolumeOptions(
+        str(tmp_path / "volumes"),
+        channels=3,
+        images=str(tmp_path / "images"),
+        images_per_volume=5,
+    )
+    source = VolumeSource(options)
+    assert source.sample_shape == (3, 2, 3, 4)
+    assert source.num_images == 3
+    sample = source.read(0, _draw())
+    torch.testing.assert_close(
+        sample["volumes"], (torch.arange(24.0) / 23).view(2, 3, 4).expand(3, 2, 3, 4)
+    )
+    assert sample["images"].shape == (5, 3, 3, 4)
+    drawn = sample["image_index"]
+    assert sorted(drawn[:3].tolist()) == [0, 1, 2]  # each once before one comes again
+    torch.testing.assert_close(sample["images"][:, 0, 0, 0], 0.2 * (drawn + 1.0))
+    assert source.read(0, _draw(1))["image_index"].tolist() != drawn.tolist()
+    grey = VolumeSource(VolumeOptions(options.path, images=options.images, images_per_volume=2))
+    assert grey.read(0, _draw())["images"].shape == (2, 1, 3, 4)
+    assert "images" not in VolumeSource(VolumeOptions(options.path)).read(0, _draw())
+    with pytest.raises(FileNotFoundError):
+        VolumeSource(VolumeOptions(options.path, images=str(tmp_path / "none")))
+
+
 def test_bad_volumes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold volumes"):
         VolumeSource(VolumeOptions(str(tmp_path)))

@@ -1,10 +1,15 @@
 """Backbones that ``pyfeat train`` has trained."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from pyfeat._backbones.body import Body, hash_weights
 from pyfeat._backbones.layers import OP, check_known, default_layers
+
+if TYPE_CHECKING:
+    from pyfeat.ssl.networks.slices import VolumeEncoder
 
 
 class _TrainedBody(Body):
@@ -29,6 +34,8 @@ def load_trained(folder: str, layers: tuple[str, ...] | None) -> Body:
 
     run = Run(folder)
     channels, *size = run.sample_shape
+    if len(size) == 3 and getattr(run.config.network.options, "ndim", 3) == 2:
+        size = size[1:]  # a network of slices
     if len(size) != 2 or channels not in (1, 3):
         message = f"{OP}: spec must be a run on images, got {folder} on {run.sample_shape}"
         raise ValueError(message)
@@ -40,3 +47,20 @@ def load_trained(folder: str, layers: tuple[str, ...] | None) -> Body:
         layers = default_layers(names, [round(size[0] / features.shape[2]) for features in maps])
     check_known(layers, names, f"run:{folder}")
     return _TrainedBody(network, layers, channels)
+
+
+def load_trained_volumes(folder: str) -> "VolumeEncoder":
+    """Load network and encoder of a run folder of ``image_volume``."""
+    from pyfeat.ssl.networks.slices import SliceEncoder, VolumeEncoder
+    from pyfeat.ssl.runs import Run
+
+    run = Run(folder)
+    objective = run.config.objective
+    if objective.name != "image_volume":
+        message = f"load_volumes: run must be of image_volume, got {folder} of {objective.name}"
+        raise ValueError(message)
+    network: Any = run.backbone()
+    with torch.random.fork_rng():
+        slices = SliceEncoder(list(network.map_dims), run.sample_shape[1], objective.options)
+    slices = run.load_part(slices, "slices", "encoder of slices")
+    return VolumeEncoder(network, slices).eval().requires_grad_(False)

@@ -6,7 +6,7 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from pyfeat.ssl.checkpoints import checkpoints_of, read_manifest, read_weights
 from pyfeat.ssl.config import OP, Config, config_values, load_config
 from pyfeat.ssl.metrics import CURVES, METRICS, read_metrics
 from pyfeat.ssl.registry import NETWORKS
+
+M = TypeVar("M", bound=nn.Module)
 
 CONFIG, VERSIONS, FAILED_BATCH = "config.yaml", "versions.json", "failed_batch.txt"
 # What may differ in a run that goes on, beside ``watch``; no bit of the weights depends on it.
@@ -81,27 +83,42 @@ class Run:
             FileNotFoundError: If there is no checkpoint.
             ValueError: If it is damaged, or does not fit the network of the configuration.
         """
+        network = self.config.network
+        with torch.random.fork_rng():
+            backbone: nn.Module = NETWORKS.find(network.name).make(network.options)
+        return self.load_part(backbone, "backbone", f"network {network.name}")
+
+    def load_part(self, module: M, name: str, kind: str) -> M:
+        """Give a module the trained weights of a part of the objective.
+
+        Args:
+            module: Made as that part was.
+            name: Of the part, such as "backbone".
+            kind: What it is, for a message.
+
+        Returns:
+            The module, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: If there is no checkpoint.
+            ValueError: If it is damaged, or does not fit.
+        """
         newest = self.checkpoint()
         if newest is None:
             message = f"{OP}: run must have a checkpoint, got {self.folder} without"
             raise FileNotFoundError(message)
-        network = self.config.network
-        with torch.random.fork_rng():
-            backbone: nn.Module = NETWORKS.find(network.name).make(network.options)
-        prefix = "backbone."
+        prefix = f"{name}."
         weights = {
-            name.removeprefix(prefix): value
-            for name, value in read_weights(newest).items()
-            if name.startswith(prefix)
+            key.removeprefix(prefix): value
+            for key, value in read_weights(newest).items()
+            if key.startswith(prefix)
         }
         try:
-            backbone.load_state_dict(weights)
+            module.load_state_dict(weights)
         except RuntimeError as error:
-            message = (
-                f"{OP}: checkpoint must fit the network {network.name}, got {newest} ({error})"
-            )
+            message = f"{OP}: checkpoint must fit the {kind}, got {newest} ({error})"
             raise ValueError(message) from error
-        return backbone.eval()
+        return module.eval()
 
 
 def start_run(config: Config, *, force: bool) -> None:

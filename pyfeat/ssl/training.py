@@ -95,6 +95,7 @@ def make_objective(config: Config, source: Source) -> Objective:
         num_samples=len(source),
         batch_size=training.batch_size,
         sample_shape=source.sample_shape,
+        num_images=source.num_images,
     )
     channels = getattr(config.network.options, "in_channels", None)
     if source.sample_shape and channels not in (None, source.sample_shape[0]):

@@ -23,9 +23,11 @@ class Source(abc.ABC):
         sample_shape: Of one image or volume, (C, H, W) or (C, D, H, W); empty if there is none.
         labels: (N,) int64, -1 where a sample has none; None if no sample has one. Nothing is trained
             on them but objectives that say so; probes are.
+        num_images: Images beside volumes, of which some come with each sample.
     """
 
     sample_shape: tuple[int, ...] = ()
+    num_images: int = 0
     labels: Tensor | None = None
 
     @abc.abstractmethod

@@ -1,8 +1,8 @@
-"""Volumes: NIfTI files and arrays."""
+"""Volumes: NIfTI files and arrays, maybe with images beside them."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyfeat._extras import require
+from pyfeat.ssl.data.images import ImageOptions, ImageSource
 from pyfeat.ssl.data.source import OP, Sample, Source, label_codes
 from pyfeat.ssl.options import AT_LEAST_ONE, Range
 from pyfeat.ssl.registry import SOURCES
@@ -20,7 +21,7 @@ _SUFFIXES = (".nii", ".nii.gz", ".npy")
 
 @dataclass(frozen=True)
 class VolumeOptions:
-    """Volumes of one channel."""
+    """Volumes of one kind of intensity."""
 
     path: Annotated[
         str, "Folder with .nii, .nii.gz and .npy files of three axes, or one such file."
@@ -34,7 +35,14 @@ class VolumeOptions:
         0.0,
         1.0,
     )
+    channels: Annotated[Literal[1, 3], "3 repeats the cells, for networks of coloured images."] = 1
     labels: Annotated[str | None, "For probes: 'folders' takes the name of a file's folder."] = None
+    images: Annotated[
+        str | None,
+        "Images for objectives of both, such as image_volume: a folder, or a .npy file as in the data "
+        "images; they are resized to a slice.",
+    ] = None
+    images_per_volume: Annotated[int, "Images drawn with each volume.", AT_LEAST_ONE] = 8
 
     def __post_init__(self) -> None:
         if self.clip[0] >= self.clip[1]:
@@ -47,16 +55,17 @@ class VolumeOptions:
 
 @SOURCES.register("volumes", VolumeOptions)
 class VolumeSource(Source):
-    """Volumes as ``volumes`` (1, D, H, W) float32 in [0, 1].
+    """Volumes as ``volumes`` (C, D, H, W) float32 in [0, 1].
 
-    The axes are those of the file; a NIfTI volume is not turned.
+    The axes are those of the file; a NIfTI volume is not turned. With images come ``images`` (M, C, H,
+    W), drawn without repetition while there are enough, and ``image_index`` (M,) int64.
 
     Args:
         options: As a configuration has them.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If there are no volumes, one cannot be read or has other than three axes, or, without
+        ValueError: If there are no volumes or images, one cannot be read or has other than three axes, or, without
             ``size``, their shapes differ.
         ImportError: If nibabel is missing and a NIfTI file is there.
     """
@@ -75,7 +84,13 @@ class VolumeSource(Source):
                 f"{shapes[first]} in {first} and {shapes[other]} in {other}"
             )
             raise ValueError(message)
-        self.sample_shape = (1, *(options.size or shapes[self._paths[0]]))
+        self.sample_shape = (options.channels, *(options.size or shapes[self._paths[0]]))
+        self._images: ImageSource | None = None
+        if options.images is not None:
+            _, _, height, width = self.sample_shape
+            kind: Literal["grey", "rgb"] = "grey" if options.channels == 1 else "rgb"
+            self._images = ImageSource(ImageOptions(options.images, (height, width), kind))
+            self.num_images = len(self._images)
         if options.labels is not None:
             self.labels = label_codes([path.parent.name for path in self._paths])
 
@@ -84,7 +99,7 @@ class VolumeSource(Source):
         return len(self._paths)
 
     def read(self, index: int, generator: torch.Generator) -> Sample:
-        """Return one volume."""
+        """Return one volume, and images drawn for it."""
         path = self._paths[index]
         cells = _cells(path)
         if not np.isfinite(cells).all():
@@ -92,7 +107,16 @@ class VolumeSource(Source):
             raise ValueError(message)
         low, high = np.quantile(cells, self._options.clip)
         scaled = torch.from_numpy((cells - low) / max(float(high - low), 1e-12)).clamp_(0, 1)
-        return {"volumes": _resized(scaled.float()[None], self.sample_shape[1:])}
+        volume = _resized(scaled.float()[None], self.sample_shape[1:])
+        sample: Sample = {"volumes": volume.expand(self.sample_shape)}
+        if self._images is not None:
+            wanted = self._options.images_per_volume
+            repeats = -(-wanted // self.num_images)
+            order = [torch.randperm(self.num_images, generator=generator) for _ in range(repeats)]
+            drawn = torch.cat(order)[:wanted]
+            images = [self._images.read(i, generator)["images"] for i in drawn.tolist()]
+            sample |= {"images": torch.stack(images), "image_index": drawn}
+        return sample
 
     def name(self, index: int) -> str:
         """Return the path of a volume."""

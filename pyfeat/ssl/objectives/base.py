@@ -43,6 +43,7 @@ class Plan:
         num_samples: Samples of the data set.
         batch_size: Samples a step, over all processes together.
         sample_shape: Of one image or volume, (C, H, W) or (C, D, H, W); empty if there is none.
+        num_images: Images that the data have beside their volumes.
     """
 
     optimiser: Optimiser
@@ -51,6 +52,7 @@ class Plan:
     num_samples: int = 1
     batch_size: int = 1
     sample_shape: tuple[int, ...] = ()
+    num_images: int = 0
 
     @property
     def total_steps(self) -> int:

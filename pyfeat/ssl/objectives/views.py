@@ -85,8 +85,8 @@ def augmentation(
 
 
 def samples_of(batch: Batch) -> Tensor:
-    """Return the images of a batch, or its volumes."""
-    samples: Tensor = batch["images"] if "images" in batch else batch["volumes"]
+    """Return the volumes of a batch, or its images if there are none."""
+    samples: Tensor = batch["volumes"] if "volumes" in batch else batch["images"]
     return samples
 
 

@@ -1,6 +1,12 @@
 """Parts that objectives are made of, and that stand alone."""
 
 from pyfeat.ssl.parts.batch_norm import BatchNorm
+from pyfeat.ssl.parts.clusters import (
+    BalancedClusters,
+    BankClusters,
+    Clusters,
+    spherical_kmeans,
+)
 from pyfeat.ssl.parts.crops import Augmentation, Views, VolumeAugmentation
 from pyfeat.ssl.parts.heads import MLP, Prototypes
 from pyfeat.ssl.parts.masking import Masking, block_masking, random_masking
@@ -12,7 +18,10 @@ __all__ = [
     "LARS",
     "MLP",
     "Augmentation",
+    "BalancedClusters",
+    "BankClusters",
     "BatchNorm",
+    "Clusters",
     "Masking",
     "Prototypes",
     "Schedule",
@@ -21,4 +30,5 @@ __all__ = [
     "VolumeAugmentation",
     "block_masking",
     "random_masking",
+    "spherical_kmeans",
 ]

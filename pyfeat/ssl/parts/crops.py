@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pyfeat._checks import check_count
 from pyfeat._extras import require
@@ -93,14 +94,23 @@ class Augmentation(nn.Module):
 
 
 class VolumeAugmentation(nn.Module):
-    """One random view of each volume: turn, zoom, shift, flips, brightness and contrast.
+    """One random view of each volume: turn, zoom, shift, flips, then changes of intensities.
+
+    Every sample is drawn for itself, and every change has its own strength; at 0 it is left out.
 
     Args:
         degrees: Largest turn about each axis.
         scale: Least and largest zoom.
         shift: Largest shift along each axis, as a share of its length.
         flip: Probability of a flip, of each axis.
+        depth_flip: That of the first axis, along which slices lie; None: ``flip``.
+        bias: Strength of a smooth factor, ``exp(bias f)`` with f of variance 1 at 3 x 3 x 3 places
+            and linear between, as an uneven receiver leaves.
+        gamma: Largest size of the logarithm of the power that intensities, clamped to [0, 1], are
+            raised to.
         jitter: Strengths of changes of brightness and contrast.
+        blur: Probability of a Gaussian blur of 0.1 to 2 cells within slices.
+        noise: Largest standard deviation of added noise.
 
     Raises:
         ImportError: If kornia is not installed.
@@ -113,18 +123,24 @@ class VolumeAugmentation(nn.Module):
         scale: tuple[float, float] = (0.9, 1.4),
         shift: float = 0.1,
         flip: float = 0.5,
+        depth_flip: float | None = None,
+        bias: float = 0.0,
+        gamma: float = 0.0,
         jitter: tuple[float, float] = (0.3, 0.3),
+        blur: float = 0.0,
+        noise: float = 0.0,
     ) -> None:
         super().__init__()
         k = _kornia("VolumeAugmentation")
         steps = [
             k.RandomAffine3D(degrees, translate=(shift,) * 3, scale=scale, shears=None, p=1.0),
         ]
-        if flip:
-            flips = (k.RandomHorizontalFlip3D, k.RandomVerticalFlip3D, k.RandomDepthicalFlip3D)
-            steps += [each(p=flip) for each in flips]
+        depth_flip = flip if depth_flip is None else depth_flip
+        steps += [k.RandomHorizontalFlip3D(p=flip), k.RandomVerticalFlip3D(p=flip)] if flip else []
+        steps += [k.RandomDepthicalFlip3D(p=depth_flip)] if depth_flip else []
         self.steps = nn.ModuleList(steps)
-        self.jitter = jitter
+        self.blur = k.RandomGaussianBlur((5, 5), (0.1, 2.0), p=blur) if blur else nn.Identity()
+        self.bias, self.gamma, self.jitter, self.noise = bias, gamma, jitter, noise
 
     @torch.no_grad()
     def forward(self, volumes: Tensor) -> Tensor:
@@ -135,12 +151,27 @@ class VolumeAugmentation(nn.Module):
             raise ValueError(message)
         for step in self.steps:
             volumes = step(volumes)
-        brightness, contrast = (
-            1.0 + strength * (2.0 * torch.rand_like(volumes[:, :1, :1, :1, :1]) - 1.0)
-            for strength in self.jitter
-        )
+        if self.bias:
+            places = torch.randn_like(volumes[:, :1, :1, :1, :1].expand(-1, -1, 3, 3, 3))
+            field = functional.interpolate(
+                places, volumes.shape[2:], mode="trilinear", align_corners=True
+            )
+            volumes = volumes * (self.bias * field).exp()
+        if self.gamma:
+            volumes = volumes.clamp(0.0, 1.0) ** (self.gamma * _signed(volumes)).exp()
+        brightness, contrast = (1.0 + strength * _signed(volumes) for strength in self.jitter)
         mean = volumes.mean(dim=(1, 2, 3, 4), keepdim=True)
-        return (mean + contrast * (volumes - mean)) * brightness
+        volumes = (mean + contrast * (volumes - mean)) * brightness
+        volumes = self.blur(volumes.flatten(1, 2)).view(volumes.shape)
+        if self.noise:
+            strength = self.noise * torch.rand_like(volumes[:, :1, :1, :1, :1])
+            volumes = volumes + strength * torch.randn_like(volumes)
+        return volumes
+
+
+def _signed(volumes: Tensor) -> Tensor:
+    """(B, 1, 1, 1, 1), one number of each sample, uniform in [-1, 1]."""
+    return 2.0 * torch.rand_like(volumes[:, :1, :1, :1, :1]) - 1.0
 
 
 class Views(nn.Module):
