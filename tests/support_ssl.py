@@ -173,6 +173,32 @@ def start_processes(values: dict[str, Any], count: int) -> list[subprocess.Popen
     return started
 
 
+def save_text_model(folder: Path) -> Path:
+    """A text model of transformers with random weights, that knows six words."""
+    import tokenizers
+    import transformers
+
+    words = ["[PAD]", "[UNK]", "a", "very", "dark", "cell", "bright", "it", "is", "above", "below"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=words[0], unk_token=words[1], model_max_length=32
+    )
+    fast.save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
 def interrupt_at(
     objective: type[Objective], step: int, number: signal.Signals = signal.SIGINT
 ) -> Any:

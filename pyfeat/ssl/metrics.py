@@ -10,7 +10,7 @@ from pyfeat._storage import written_aside
 
 METRICS, CURVES = "metrics.csv", "curves.png"
 _COLUMNS = ("step", "epoch", "name", "value")
-_GROUPS = ("loss", "probe", "collapse", "lr")
+_GROUPS = ("loss", "probe", "retrieval", "collapse", "lr")
 
 
 class MetricsFile:
@@ -37,7 +37,7 @@ class MetricsFile:
             writer.writerows((s, f"{e:.6g}", n, repr(v)) for s, e, n, v in self._rows)
 
     def draw(self) -> None:
-        """Draw curves over epochs, one panel for losses, probes, signs of collapse and rates."""
+        """Draw curves over epochs, one panel for each kind of them."""
         draw_curves(self._rows, self._folder / CURVES)
 
 

@@ -17,7 +17,7 @@ from pyfeat._storage import PathLike, check_replaceable, written_aside
 from pyfeat.ssl.checkpoints import checkpoints_of, read_manifest, read_weights
 from pyfeat.ssl.config import OP, Config, config_values, load_config
 from pyfeat.ssl.metrics import CURVES, METRICS, read_metrics
-from pyfeat.ssl.registry import NETWORKS
+from pyfeat.ssl.registry import NETWORKS, OBJECTIVES
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -88,12 +88,36 @@ class Run:
             backbone: nn.Module = NETWORKS.find(network.name).make(network.options)
         return self.load_part(backbone, "backbone", f"network {network.name}")
 
+    def objective(self) -> Any:
+        """Return the trained objective with all its parts, in evaluation mode and on the CPU.
+
+        Of ``clip``, ``encode_images`` and ``encode_texts`` are what ``pyfeat.ssl.zero_shot`` takes.
+
+        Raises:
+            FileNotFoundError: If there is no checkpoint.
+            ValueError: If it is damaged, or does not fit the objective of the configuration, as one
+                that keeps something of every sample does not.
+        """
+        from pyfeat.ssl.objectives.base import Plan
+
+        training, network, named = self.config.training, self.config.network, self.config.objective
+        plan = Plan(
+            self.config.optimiser,
+            epochs=training.epochs,
+            batch_size=training.batch_size,
+            sample_shape=self.sample_shape,
+        )
+        with torch.random.fork_rng():
+            backbone = NETWORKS.find(network.name).make(network.options)
+            made: nn.Module = OBJECTIVES.find(named.name).make(backbone, named.options, plan)
+        return self.load_part(made, "", f"objective {named.name}")
+
     def load_part(self, module: M, name: str, kind: str) -> M:
         """Give a module the trained weights of a part of the objective.
 
         Args:
             module: Made as that part was.
-            name: Of the part, such as "backbone".
+            name: Of the part, such as "backbone"; empty for all of it.
             kind: What it is, for a message.
 
         Returns:
@@ -107,7 +131,7 @@ class Run:
         if newest is None:
             message = f"{OP}: run must have a checkpoint, got {self.folder} without"
             raise FileNotFoundError(message)
-        prefix = f"{name}."
+        prefix = f"{name}." if name else ""
         weights = {
             key.removeprefix(prefix): value
             for key, value in read_weights(newest).items()

@@ -17,7 +17,7 @@ from pyfeat.ssl.callbacks import RunKeeper
 from pyfeat.ssl.checkpoints import FolderIO, read_manifest
 from pyfeat.ssl.config import OP, Config
 from pyfeat.ssl.data.sampler import ResumableLoader, StepSampler
-from pyfeat.ssl.data.source import Source
+from pyfeat.ssl.data.source import Source, SourceDataset, collate
 from pyfeat.ssl.objectives.base import NonFiniteLossError, Objective, Plan
 from pyfeat.ssl.registry import NETWORKS, OBJECTIVES, SOURCES
 from pyfeat.ssl.runs import FAILED_BATCH, Run, continue_run, start_run
@@ -59,6 +59,7 @@ def fit(config: Config, *, resume: bool = False, force: bool = False) -> Run:
         world_size=training.devices * training.nodes,
     )
     objective = make_objective(config, source)
+    objective.check_data(collate([SourceDataset(source, training.seed)[0, 0]]))
     checkpoint = continue_run(config) if resume else None
     if checkpoint is None:
         start_run(config, force=force or resume)

@@ -13,6 +13,8 @@ from pyfeat._extras import require
 from pyfeat.search import knn
 from pyfeat.ssl.config import Watch
 from pyfeat.ssl.data.source import Source, SourceDataset, collate
+from pyfeat.ssl.parts import distinct_captions
+from pyfeat.ssl.zero_shot import retrieval_recall
 
 
 def effective_rank(embeddings: Tensor) -> float:
@@ -124,10 +126,12 @@ class Watcher:
             last: Fit the linear probe too, if the settings have it.
         """
         with looking(objective, self._seed):
-            embeddings, alignments = self._embed(objective)
+            embeddings, alignments, pairs = self._embed(objective)
+            retrieval = self._retrieval(objective, pairs) if pairs else {}
         figures = {
             "collapse/effective_rank": effective_rank(embeddings),
             "collapse/uniformity": uniformity(embeddings),
+            **retrieval,
         }
         if alignments:
             figures["collapse/alignment"] = sum(alignments) / len(alignments)
@@ -145,8 +149,10 @@ class Watcher:
             found.append(f"uniformity {spread:.3f} is above {settings.max_uniformity:g}")
         return [f"the embeddings have collapsed: {sign}" for sign in found]
 
-    def _embed(self, objective: Any) -> tuple[Tensor, list[float]]:
-        rows, alignments = [], []
+    def _embed(
+        self, objective: Any
+    ) -> tuple[Tensor, list[float], list[tuple[Tensor, list[list[str]]]]]:
+        rows, alignments, pairs = [], [], []
         for begin in range(0, len(self._chosen), self._batch_size):
             part = self._chosen[begin : begin + self._batch_size]
             batch = collate([self._data[0, index] for index in part])
@@ -157,7 +163,25 @@ class Watcher:
             rows.append(objective.embed(batch).float().cpu())
             if views := objective.two_views(batch):
                 alignments.append(alignment(*(view.float().cpu() for view in views)))
-        return torch.cat(rows), alignments
+            if (pair := objective.embed_pairs(batch)) is not None:
+                pairs.append(pair)
+        return torch.cat(rows), alignments, pairs
+
+    def _retrieval(
+        self, objective: Any, pairs: list[tuple[Tensor, list[list[str]]]]
+    ) -> dict[str, float]:
+        texts, belonging = distinct_captions([each for _, captions in pairs for each in captions])
+        size = self._batch_size
+        features = torch.cat(
+            [objective.encode_texts(texts[i : i + size]) for i in range(0, len(texts), size)]
+        )
+        images = torch.cat([images for images, _ in pairs])
+        recall = retrieval_recall(images.float(), features.float(), belonging)
+        return {
+            f"retrieval/{direction}@{k}": value
+            for direction, values in recall._asdict().items()
+            for k, value in values.items()
+        }
 
     def _probes(self, embeddings: Tensor, *, last: bool) -> dict[str, float]:
         if self._labels is None:

@@ -85,6 +85,11 @@ class TextEncoder(nn.Module):
         padded = [row + [_PAD] * (longest - len(row)) for row in rows]
         return torch.tensor(padded, device=self.positions.device).long().view(len(rows), longest)
 
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Compute the features (B, D) of texts."""
+        features: Tensor = self(self.tokens(texts))
+        return features
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute the features (B, D) of tokens (B, L).
 

@@ -126,6 +126,20 @@ class Objective(LightningModule, abc.ABC):
         """Return embeddings (B, D) of two views, for the alignment; None where there are none."""
         return None
 
+    def check_data(self, batch: Batch) -> None:
+        """Raise ValueError if data lack what the loss takes; called before the first step.
+
+        Args:
+            batch: Of one sample.
+        """
+
+    def embed_pairs(self, batch: Batch) -> tuple[Tensor, list[list[str]]] | None:
+        """Return features (B, D) of images and the texts of each; None where there are no texts.
+
+        An objective that returns some has ``encode_texts``: texts to features (M, D) of that space.
+        """
+        return None
+
     def start_epoch(self, epoch: int) -> None:
         """Do what is due before the first step of an epoch, counted from 0."""
 

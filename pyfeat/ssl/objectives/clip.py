@@ -1,19 +1,18 @@
 """CLIP: an image and its caption are closer than to all others of the batch."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from pyfeat.losses import CLIPLoss
+from pyfeat.ssl.networks.pretrained_text import PretrainedText
 from pyfeat.ssl.networks.text import TextEncoder, TextOptions
 from pyfeat.ssl.objectives.base import Batch, Plan
 from pyfeat.ssl.objectives.views import CropOptions, ViewObjective, augmentation, samples_of
 from pyfeat.ssl.options import AT_LEAST_ONE, FRACTION, Range
-from pyfeat.ssl.parts import Views
+from pyfeat.ssl.parts import Views, caption_ids
 from pyfeat.ssl.registry import OBJECTIVES
 
 
@@ -35,7 +34,15 @@ class CLIPOptions(CropOptions):
     text_width: Annotated[int, "Features of a token of text.", AT_LEAST_ONE] = 128
     text_depth: Annotated[int, "Blocks of the text encoder.", AT_LEAST_ONE] = 3
     text_heads: Annotated[int, "Heads of the text encoder.", AT_LEAST_ONE] = 4
-    text_length: Annotated[int, "Longest caption in bytes; the rest is cut off.", Range(low=3)] = 96
+    text_length: Annotated[
+        int, "Longest caption in bytes, of text_model in tokens; the rest is cut off.", Range(low=3)
+    ] = 96
+    text_model: Annotated[
+        str | None, "Folder or name of a transformers model in place of the text encoder."
+    ] = None
+    train_text: Annotated[bool, "Let the weights of text_model learn; else projections alone."] = (
+        False
+    )
 
 
 @OBJECTIVES.register("clip", CLIPOptions)
@@ -48,7 +55,7 @@ class CLIP(ViewObjective):
         plan: As in ``Objective``.
 
     Attributes:
-        text: Captions to features; its byte-wise reading needs no vocabulary.
+        text: Captions to features: byte-wise, which needs no vocabulary, or ``PretrainedText``.
         image_projection: Linear, without a bias.
         text_projection: Likewise.
         loss: Holds the logarithm of the scale.
@@ -60,38 +67,40 @@ class CLIP(ViewObjective):
     def __init__(self, backbone: nn.Module, options: CLIPOptions, plan: Plan) -> None:
         crop = augmentation(options, plan, flip=options.flip)
         super().__init__(backbone, options, plan, Views([crop]))
-        self.text = TextEncoder(
-            TextOptions(
-                width=options.text_width,
-                depth=options.text_depth,
-                heads=options.text_heads,
-                length=options.text_length,
-            )
-        )
+        self.text = _text_encoder(options)
         self.image_projection = nn.Linear(self.backbone.feature_dim, options.out_dim, bias=False)
         self.text_projection = nn.Linear(self.text.feature_dim, options.out_dim, bias=False)
         for layer in (self.image_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         self.loss = CLIPLoss(options.logit_scale, normalize=True)
 
+    def check_data(self, batch: Batch) -> None:
+        """Raise ValueError unless each image has one caption."""
+        given = batch.get("texts")
+        if given is None or not all(isinstance(text, str) for text in given):
+            got = "none" if given is None else "a list; data.captions: one draws one of them"
+            message = f"CLIP: data must have one caption for each image, got {got}"
+            raise ValueError(message)
+
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the loss of a batch of images and captions, ``texts`` of B strings.
 
         Raises:
-            ValueError: If the batch has no captions.
+            ValueError: As ``check_data``.
         """
-        if "texts" not in batch:
-            message = "CLIP: data must have captions, got none"
-            raise ValueError(message)
+        self.check_data(batch)
         texts: Sequence[str] = batch["texts"]
         (view,) = self.augment(samples_of(batch))
-        arguments = {}
-        if self.options.duplicates == "positive":
-            ids = caption_ids(texts).to(view.device)
-            arguments = {"image_ids": ids, "text_ids": ids}
         images, captions = self.encode_images(view), self.encode_texts(texts)
-        loss = self.loss(images, captions, group=self.group, **arguments)
+        loss = self.loss(images, captions, group=self.group, **self.equal_texts(texts))
         return {"loss": loss, "logit_scale": self.loss.scale.detach()}
+
+    def equal_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the ids with which ``clip_loss`` takes equal texts for positives, if it is to."""
+        if self.options.duplicates == "negative":
+            return {}
+        ids = caption_ids(texts).to(self.loss.logit_scale.device)
+        return {"image_ids": ids, "text_ids": ids}
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Return the features (B, D) that are compared with those of captions, not normalised."""
@@ -100,15 +109,18 @@ class CLIP(ViewObjective):
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the features (B, D) that are compared with those of images, not normalised."""
-        features: Tensor = self.text_projection(self.text(self.text.tokens(texts)))
+        features: Tensor = self.text_projection(self.text.encode(texts))
         return features
 
+    def embed_pairs(self, batch: Batch) -> tuple[Tensor, list[list[str]]] | None:
+        """Return features (B, D) of images, and their captions."""
+        return self.encode_images(samples_of(batch)), [[text] for text in batch["texts"]]
 
-def caption_ids(texts: Sequence[str]) -> Tensor:
-    """Return a number for each caption, equal for equal ones, also in other processes.
 
-    Returns:
-        (B,) int64 on the CPU.
-    """
-    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
-    return torch.tensor([int.from_bytes(each, "big", signed=True) for each in digests]).long()
+def _text_encoder(options: CLIPOptions) -> Any:
+    if options.text_model is not None:
+        return PretrainedText(
+            options.text_model, length=options.text_length, trained=options.train_text
+        )
+    width, depth = options.text_width, options.text_depth
+    return TextEncoder(TextOptions(width, depth, options.text_heads, options.text_length))

@@ -1,6 +1,13 @@
 """Parts that objectives are made of, and that stand alone."""
 
 from pyfeat.ssl.parts.batch_norm import BatchNorm
+from pyfeat.ssl.parts.captions import (
+    caption_ids,
+    caption_pool,
+    distinct_captions,
+    draw_captions,
+    split_sentences,
+)
 from pyfeat.ssl.parts.clusters import (
     BalancedClusters,
     BankClusters,
@@ -29,6 +36,11 @@ __all__ = [
     "Views",
     "VolumeAugmentation",
     "block_masking",
+    "caption_ids",
+    "caption_pool",
+    "distinct_captions",
+    "draw_captions",
     "random_masking",
     "spherical_kmeans",
+    "split_sentences",
 ]
