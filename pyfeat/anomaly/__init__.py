@@ -1,23 +1,41 @@
 """Anomaly scoring: learn from normal images, rank unseen ones, show where and why."""
 
+from typing import TYPE_CHECKING, Any
+
 from pyfeat.anomaly.metrics import (
     PixelMetrics,
     Threshold,
     average_precision,
     f1_optimal_threshold,
+    fpr_at_tpr,
     image_auroc,
     normal_threshold,
 )
 from pyfeat.anomaly.patchcore import AnomalyScores, PatchCore, ScoredImage
 
+if TYPE_CHECKING:
+    from pyfeat.anomaly.outliers import FeatureOutlier
+
 __all__ = [
     "AnomalyScores",
+    "FeatureOutlier",
     "PatchCore",
     "PixelMetrics",
     "ScoredImage",
     "Threshold",
     "average_precision",
     "f1_optimal_threshold",
+    "fpr_at_tpr",
     "image_auroc",
     "normal_threshold",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what derives from classes of scikit-learn on first use."""
+    if name == "FeatureOutlier":
+        from pyfeat.anomaly.outliers import FeatureOutlier
+
+        return FeatureOutlier
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

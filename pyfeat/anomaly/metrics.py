@@ -4,19 +4,26 @@ The image metrics need scikit-learn and the pixel metrics SciPy; both come with 
 "anomaly", and what needs a missing one raises ImportError.
 """
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pyfeat._extras import require
+from pyfeat.anomaly._values import (
+    BoolArray,
+    FloatArray,
+    Values,
+    bool_array,
+    check,
+    float_array,
+    image_scores,
+    labelled_scores,
+)
 
-Values: TypeAlias = torch.Tensor | npt.ArrayLike
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
-FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
 
@@ -79,7 +86,7 @@ def image_auroc(labels: Values, scores: Values) -> float:
         >>> image_auroc([0, 0, 1, 1], [0.1, 0.4, 0.4, 0.8])
         0.875
     """
-    truth, values = _labelled_scores(labels, scores, op="image_auroc")
+    truth, values = labelled_scores(labels, scores, op="image_auroc")
     metrics = require("sklearn.metrics", extra="anomaly", op="image_auroc")
     return float(metrics.roc_auc_score(truth, values))
 
@@ -91,7 +98,7 @@ def average_precision(labels: Values, scores: Values) -> float:
     interpolation; equal scores enter together. Arguments and errors are those of
     ``image_auroc``.
     """
-    truth, values = _labelled_scores(labels, scores, op="average_precision")
+    truth, values = labelled_scores(labels, scores, op="average_precision")
     metrics = require("sklearn.metrics", extra="anomaly", op="average_precision")
     return float(metrics.average_precision_score(truth, values))
 
@@ -102,10 +109,37 @@ def roc_curve(labels: Values, scores: Values) -> RocCurve:
     Points on a straight piece between two corners are left out. Arguments and errors are those
     of ``image_auroc``.
     """
-    truth, values = _labelled_scores(labels, scores, op="roc_curve")
+    truth, values = labelled_scores(labels, scores, op="roc_curve")
     metrics = require("sklearn.metrics", extra="anomaly", op="roc_curve")
     points = metrics.roc_curve(truth, values)
     return RocCurve(*(np.asarray(axis, dtype=np.float64) for axis in points))
+
+
+def fpr_at_tpr(labels: Values, scores: Values, *, tpr: float = 0.95) -> float:
+    """Compute how many anomalous images are accepted where ``tpr`` of the normal ones are.
+
+    It is FPR@95 of the literature on out-of-distribution data, whose positives are the normal
+    images: the lowest threshold that no more than a share ``1 - tpr`` of the normal scores exceed
+    is set, and the share of anomalous scores that do not exceed it is returned. 0 is perfect.
+
+    Args:
+        labels: (B,) bool or 0 and 1; 1 is anomalous. Both classes must be present.
+        scores: (B,) finite; higher is more anomalous.
+        tpr: Share of normal images to accept, in (0, 1], read as the decimal that it prints as.
+
+    Raises:
+        ValueError: If an argument is not as described.
+
+    Examples:
+        >>> fpr_at_tpr([0, 0, 0, 0, 1, 1], [1.0, 2.0, 3.0, 9.0, 3.0, 4.0], tpr=0.75)
+        0.5
+    """
+    op = "fpr_at_tpr"
+    truth, values = labelled_scores(labels, scores, op=op)
+    check(0.0 < tpr <= 1.0, f"{op}: tpr must lie in (0, 1], got {tpr}")
+    normal = np.sort(values[~truth])
+    accepted = math.ceil(normal.size * Fraction(repr(float(tpr))))
+    return float((values[truth] <= normal[accepted - 1]).mean())
 
 
 def f1_optimal_threshold(labels: Values, scores: Values) -> Threshold:
@@ -133,7 +167,7 @@ def f1_optimal_threshold(labels: Values, scores: Values) -> Threshold:
         >>> f1_optimal_threshold([0, 0, 1, 1], [1.0, 2.0, 3.0, 4.0]).value
         2.5
     """
-    truth, values = _labelled_scores(labels, scores, op="f1_optimal_threshold")
+    truth, values = labelled_scores(labels, scores, op="f1_optimal_threshold")
     distinct, group = np.unique(values, return_inverse=True)  # [S] ascending, [B]
     images = np.bincount(group, minlength=distinct.size)
     positives = np.bincount(group[truth], minlength=distinct.size)
@@ -179,10 +213,10 @@ def normal_threshold(scores: Values, *, false_alarm_rate: float = 0.01) -> Thres
         3.0
     """
     op = "normal_threshold"
-    values = _scores(scores, op=op)
-    _check(values.size > 0, f"{op}: scores must hold at least one score, got none")
+    values = image_scores(scores, op=op)
+    check(values.size > 0, f"{op}: scores must hold at least one score, got none")
     inside = 0.0 < false_alarm_rate < 1.0
-    _check(inside, f"{op}: false_alarm_rate must lie in (0, 1), got {false_alarm_rate}")
+    check(inside, f"{op}: false_alarm_rate must lie in (0, 1), got {false_alarm_rate}")
     ranks = values.size + 1
     above = max(1, int(ranks * Fraction(repr(float(false_alarm_rate)))))
     return Threshold(
@@ -228,7 +262,7 @@ class PixelMetrics:
 
     def __init__(self, *, fpr_limit: float = 0.3) -> None:
         inside = 0.0 < fpr_limit <= 1.0
-        _check(inside, f"PixelMetrics: fpr_limit must lie in (0, 1], got {fpr_limit}")
+        check(inside, f"PixelMetrics: fpr_limit must lie in (0, 1], got {fpr_limit}")
         self._fpr_limit = float(fpr_limit)
         self._normal_scores: list[FloatArray] = []
         self._defect_scores: list[FloatArray] = []
@@ -248,12 +282,12 @@ class PixelMetrics:
             ValueError: If an argument is not as described.
         """
         op = "PixelMetrics.update"
-        scores = _float_array(maps, np.float32, name="maps", op=op)
+        scores = float_array(maps, np.float32, name="maps", op=op)
         ndim = f"{op}: maps must have shape (H, W) or (B, H, W), got {scores.shape}"
-        _check(scores.ndim in (2, 3), ndim)
-        defective = _bool_array(masks, name="masks", op=op)
+        check(scores.ndim in (2, 3), ndim)
+        defective = bool_array(masks, name="masks", op=op)
         same = f"{op}: masks must have shape {scores.shape}, got {defective.shape}"
-        _check(defective.shape == scores.shape, same)
+        check(defective.shape == scores.shape, same)
         if defective.any():
             images = defective.reshape(-1, *defective.shape[-2:])  # [B, H, W]
             sizes = [_region_sizes(image, op=op) for image in images if image.any()]
@@ -268,9 +302,9 @@ class PixelMetrics:
             ValueError: If no defective pixel, or no normal one, has been added.
         """
         op = "PixelMetrics.compute"
-        _check(bool(self._defect_scores), f"{op}: masks must hold a defective pixel, got none")
+        check(bool(self._defect_scores), f"{op}: masks must hold a defective pixel, got none")
         normal = np.concatenate(self._normal_scores)
-        _check(normal.size > 0, f"{op}: masks must hold a normal pixel, got none")
+        check(normal.size > 0, f"{op}: masks must hold a normal pixel, got none")
         normal.sort()
         self._normal_scores = [normal]
         scores = np.concatenate(self._defect_scores)
@@ -323,62 +357,3 @@ def _just_below(distinct: FloatArray, index: int) -> float:
     lower = distinct[index - 1]
     middle = lower / 2 + upper / 2  # the sum could overflow
     return float(middle if lower <= middle < upper else lower)
-
-
-def _labelled_scores(labels: Values, scores: Values, *, op: str) -> tuple[BoolArray, FloatArray]:
-    """Check one label and one score per image; returns them as (B,) arrays."""
-    truth = _bool_array(labels, name="labels", op=op)
-    _check(truth.ndim == 1, f"{op}: labels must have shape (B,), got {truth.shape}")
-    values = _scores(scores, op=op)
-    same = f"{op}: scores must have shape {truth.shape}, got {values.shape}"
-    _check(values.shape == truth.shape, same)
-    held = sorted(set(truth.astype(int).tolist()))
-    _check(len(held) == 2, f"{op}: labels must hold both 0 and 1, got {held}")
-    return truth, values
-
-
-def _scores(scores: Values, *, op: str) -> FloatArray:
-    """Check one score per image; returns (B,) float64, or float32 if they were no wider."""
-    array = _real_array(scores, name="scores", op=op)
-    _check(array.ndim == 1, f"{op}: scores must have shape (B,), got {array.shape}")
-    narrow = array.dtype.kind == "f" and array.dtype.itemsize <= 4
-    return _float_array(array, np.float32 if narrow else np.float64, name="scores", op=op)
-
-
-def _float_array(
-    values: Values, dtype: type[np.floating[Any]], *, name: str, op: str
-) -> FloatArray:
-    array = _real_array(values, name=name, op=op)
-    with np.errstate(over="ignore"):  # an overflow to inf is refused below
-        array = array.astype(dtype, copy=False)
-    others = array[~np.isfinite(array)]
-    _check(others.size == 0, f"{op}: {name} must be finite in {array.dtype}, got {others[:3]}")
-    return array
-
-
-def _bool_array(values: Values, *, name: str, op: str) -> BoolArray:
-    array = _real_array(values, name=name, op=op)
-    if array.dtype == np.bool_:
-        return array
-    truth: BoolArray = array == 1
-    others = array[~truth & (array != 0)]
-    _check(others.size == 0, f"{op}: {name} must hold only 0 and 1, got {others[:3]}")
-    return truth
-
-
-def _real_array(values: Values, *, name: str, op: str) -> npt.NDArray[Any]:
-    """Bring ``values`` to NumPy, whatever the device; half-precision tensors as float32."""
-    if isinstance(values, torch.Tensor):
-        tensor = values.detach()
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor = tensor.float()
-        array: npt.NDArray[Any] = tensor.cpu().numpy()
-    else:
-        array = np.asarray(values)
-    _check(array.dtype.kind in "biuf", f"{op}: {name} must hold real numbers, got {array.dtype}")
-    return array
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
