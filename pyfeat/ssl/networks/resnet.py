@@ -118,6 +118,11 @@ class ResNet(nn.Module):
             maps.append(x)
         return maps
 
+    def features_and_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the means of the last map, (B, D), and its places row by row, (B, P, D)."""
+        patches = self.maps(images)[-1].flatten(2).mT
+        return patches.mean(dim=1), patches
+
     def forward(self, images: Tensor) -> Tensor:
         """Compute the means of the last map, (B, D)."""
         return self.maps(images)[-1].flatten(2).mean(dim=2)

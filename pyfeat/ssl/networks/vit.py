@@ -188,8 +188,12 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the class token, or the mean of the patches', (B, D)."""
+        return self._pooled(self.tokens(images))
+
+    def features_and_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the features (B, D), and the patches (B, P, D) of the last block, row by row."""
         tokens = self.tokens(images)
-        return tokens[:, 0] if self.options.pool == "class" else tokens[:, 1:].mean(dim=1)
+        return self._pooled(tokens), tokens[:, 1:]
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Compute the patches of four blocks evenly spread, as maps (B, D, h, w); the last normalised."""
@@ -207,6 +211,9 @@ class ViT(nn.Module):
         """The blocks whose patches are maps."""
         depth = len(self.blocks)
         return sorted({math.ceil(depth * (i + 1) / 4) - 1 for i in range(4)})
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0] if self.options.pool == "class" else tokens[:, 1:].mean(dim=1)
 
     def _embed(
         self, images: Tensor, seen: Tensor | None, hidden: Tensor | None, mask_token: Tensor | None

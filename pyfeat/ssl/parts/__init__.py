@@ -15,6 +15,7 @@ from pyfeat.ssl.parts.clusters import (
     spherical_kmeans,
 )
 from pyfeat.ssl.parts.crops import Augmentation, Views, VolumeAugmentation
+from pyfeat.ssl.parts.grouping import grouped_patches, grouping_weights
 from pyfeat.ssl.parts.heads import MLP, Prototypes
 from pyfeat.ssl.parts.masking import Masking, block_masking, random_masking
 from pyfeat.ssl.parts.optimisers import LARS
@@ -40,6 +41,8 @@ __all__ = [
     "caption_pool",
     "distinct_captions",
     "draw_captions",
+    "grouped_patches",
+    "grouping_weights",
     "random_masking",
     "spherical_kmeans",
     "split_sentences",
