@@ -1,12 +1,7 @@
 """Clusters: k-means against a loop, banks by index, and losses against their formulas."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 from torch.nn import functional
 
@@ -135,44 +130,3 @@ def test_a_bank_remembers_only_what_is_trained_on() -> None:
         BankClusters(4, (5,), 3)
     with pytest.raises(ValueError, match=r"len\(num_clusters\) must be at least 1, got 0"):
         BalancedClusters((), 3)
-
-
-def _process(rank: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    clusters = BankClusters(8, (3, 2), 4)
-    views, later = unit(2, 8, 4), unit(2, 8, 4)
-    own = slice(4 * rank, 4 * rank + 4)
-    clusters(list(views[:, own]), torch.arange(8)[own], dist.group.WORLD)
-    clusters.after_step(dist.group.WORLD)
-    clusters.start_epoch(1)
-    clusters.assigned[0, 7] = -1  # processes then count differently
-    part = later[:, own].clone().requires_grad_()
-    loss = clusters(list(part), torch.arange(8)[own], dist.group.WORLD)
-    loss.backward()
-    torch.save((clusters.state_dict(), loss.detach(), part.grad), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_processes_have_one_bank_and_the_loss_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-        _process, (str(tmp_path),), nprocs=2
-    )
-    torch.manual_seed(0)
-    clusters = BankClusters(8, (3, 2), 4)
-    views, later = unit(2, 8, 4), unit(2, 8, 4).requires_grad_()
-    clusters(list(views), torch.arange(8))
-    clusters.after_step()
-    clusters.start_epoch(1)
-    clusters.assigned[0, 7] = -1
-    loss = clusters(list(later), torch.arange(8))
-    loss.backward()
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for state, _, _ in found:
-        for name, value in clusters.state_dict().items():
-            torch.testing.assert_close(state[name], value)
-    mean = (found[0][1] + found[1][1]) / 2
-    torch.testing.assert_close(mean, loss.detach())
-    grad = torch.cat([found[0][2], found[1][2]], dim=1) / 2  # the mean over processes
-    torch.testing.assert_close(grad, later.grad)

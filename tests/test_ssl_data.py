@@ -15,7 +15,6 @@ from PIL import Image
 from pyfeat.ssl.data.images import ImageOptions, ImageSource
 from pyfeat.ssl.data.pairs import PairOptions, PairSource
 from pyfeat.ssl.data.sampler import ResumableLoader, StepSampler
-from pyfeat.ssl.data.seasons import Phenology, SeasonOptions, SeasonSource
 from pyfeat.ssl.data.source import SourceDataset, collate
 from pyfeat.ssl.data.volumes import VolumeOptions, VolumeSource
 
@@ -243,64 +242,6 @@ def test_bad_volumes_are_named(tmp_path: Path) -> None:
         VolumeSource(VolumeOptions(str(tmp_path)))
     with pytest.raises(ValueError, match="clip must rise"):
         VolumeOptions("x", clip=(0.9, 0.1))
-
-
-def test_seasons_of_a_place_are_those_of_its_own_vegetation(tmp_path: Path) -> None:
-    days = {"north": (20, 75, 110, 200, 290), "south": (20, 110, 200, 290), "poor": (100, 101, 102)}
-    rows = []
-    for place, seen in days.items():
-        for day in seen:
-            _image(tmp_path / f"{place}{day}.png", day % 256)
-            rows.append((place, day, f"{place}{day}.png", place))
-    table = _table(tmp_path / "dates.csv", "place,day,image,label", *rows)
-    phenology = _table(
-        tmp_path / "phenology.csv",
-        "place,greenup,maturity,senescence,dormancy",
-        ("north", 60, 152, 244, 335),
-        ("south", 244, 335, 60, 152),
-        ("poor", 60, 152, 244, 335),
-    )
-    options = SeasonOptions(str(table), phenology=str(phenology), size=(2, 2), views=4)
-    source = SeasonSource(options)
-    assert [source.name(i) for i in range(len(source))] == ["north", "south"]
-    assert source.labels is not None
-    assert source.labels.tolist() == [0, 1]
-    for index, day_of_spring in ((0, 110), (1, 290)):
-        sample = source.read(index, _draw(index))
-        assert sample["images"].shape == (4, 3, 2, 2)
-        assert sorted(sample["seasons"].tolist()) == [0, 1, 2, 3]
-        spring = sample["seasons"].tolist().index(0)
-        assert int(sample["days"][spring]) == day_of_spring  # of 75 and 110 nearer to the middle
-    orders = {tuple(source.read(0, _draw(seed))["days"].tolist()) for seed in range(9)}
-    assert len(orders) > 3
-    pair = SeasonSource(SeasonOptions(str(table), size=(2, 2), views=1))
-    assert len(pair) == 3
-    with pytest.raises(
-        ValueError, match="must hold places with 4 seasons, got 1 places with fewer"
-    ):
-        SeasonSource(
-            SeasonOptions(str(_table(tmp_path / "x.csv", "place,day,image", ("a", 3, "poor100.png"))),
-                          views=4)
-        )  # fmt: skip
-    bad = _table(tmp_path / "x.csv", "place,day,image", ("a", 400, "poor100.png"))
-    with pytest.raises(
-        ValueError, match=r"days must be of the year, 1 to 366, got '400' in .*x.csv"
-    ):
-        SeasonSource(SeasonOptions(str(bad)))
-    one = _table(
-        tmp_path / "p.csv", "place,greenup,maturity,senescence,dormancy", ("a", 1, 2, 3, 4)
-    )
-    with pytest.raises(
-        ValueError, match="phenology must have every place, got none for north, poor"
-    ):
-        SeasonSource(SeasonOptions(str(table), phenology=str(one)))
-
-
-def test_the_middle_of_a_season_that_spans_new_year() -> None:
-    winter = Phenology(60, 152, 244, 335)
-    assert winter.season(350) == winter.season(10) == 3
-    assert winter.from_middle(14.625) < 1
-    assert winter.from_middle(340) > 35
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -14,7 +14,14 @@ from pyfeat.cli import app
 from pyfeat.ssl.checkpoints import read_weights
 from pyfeat.ssl.runs import Run
 from pyfeat.ssl.training import fit
-from pyfeat.ssl.watch import alignment, effective_rank, knn_accuracy, looking, uniformity
+from pyfeat.ssl.watch import (
+    alignment,
+    effective_rank,
+    knn_accuracy,
+    knn_votes,
+    looking,
+    uniformity,
+)
 from tests import support_ssl
 from tests.support_ssl import Tiny, tiny_config, tiny_values, write_images
 
@@ -123,6 +130,32 @@ def test_the_nearest_vote() -> None:
     assert knn_accuracy(train, labels, test, torch.tensor([0, 1]), 2) == 1.0
     assert knn_accuracy(train, labels, test, torch.tensor([1, 1]), 2) == 0.5
     assert knn_accuracy(train, labels, test, torch.tensor([0, 0]), 99) == 1.0  # a tie of all
+
+
+def test_votes_weigh_by_similarity_and_ties_come_in_row_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(12, 3, generator=generator)[
+        torch.arange(30) % 12
+    ]  # each two or three times
+    labels = torch.arange(30) % 4
+    test = torch.cat([torch.randn(20, 3, generator=generator), train[:9]])
+    for k, temperature in ((1, 0.07), (5, 0.07), (30, 0.5), (99, None)):
+        votes = knn_votes(train, labels, test, k, num_classes=5, temperature=temperature)
+        x, y = (torch.nn.functional.normalize(each.double(), dim=1) for each in (test, train))
+        cosines = x @ y.T
+        # Ties by row: equal rows have equal cosines but for rounding.
+        order = (-cosines.round(decimals=9)).argsort(dim=1, stable=True)[:, :k]
+        expected = torch.zeros(len(test), 5, dtype=torch.float64)
+        for q, row in enumerate(order.tolist()):
+            for i in row:
+                near = (cosines[q, i] - cosines[q, row[0]]) / (temperature or torch.inf)
+                expected[q, labels[i]] += near.exp()
+        torch.testing.assert_close(votes, expected, atol=1e-5, rtol=1e-4)
+    line = torch.tensor([[1.0, 0.0], [1.0, 0.5], [1.0, 0.55]])  # one near, two not so near
+    truth = torch.tensor([1, 0, 0])
+    arguments = line, truth, line[:1], truth[:1]
+    assert knn_accuracy(*arguments, 3) == 0.0
+    assert knn_accuracy(*arguments, 3, temperature=0.07) == 1.0
 
 
 def test_a_look_changes_nothing(run: Run) -> None:

@@ -163,6 +163,14 @@ def test_the_masked_loss_is_over_all_slices_with_one_mask_for_both_views(
     assert objective.slices.projection.weight.grad is None
 
 
+def test_hidden_slices_do_not_train_the_network_that_describes_them() -> None:
+    objective = make()
+    objective.training_loss(batch())["masked"].backward()
+    for part in (objective.backbone, objective.slices.projection):
+        assert all(parameter.grad is None for parameter in part.parameters())
+    assert objective.slices.layers[0].ffn[0].weight.grad is not None
+
+
 def test_volumes_cluster_by_swapped_assignments() -> None:
     objective, data = make(intra="none", masked_weight=0.0, dropout=0.0), batch()
     views = torch.rand(2, 4, 1, N, SIDE, SIDE)

@@ -72,6 +72,9 @@ class Watch:
     every: Annotated[int, "Epochs between two looks; 0 looks never.", NOT_NEGATIVE] = 5
     samples: Annotated[int, "Samples looked at, spread over the data.", Range(low=4)] = 2048
     k: Annotated[int, "Neighbours that vote in the kNN probe.", AT_LEAST_ONE] = 20
+    temperature: Annotated[
+        float | None, "A vote weighs exp(cosine / temperature); null: all alike.", POSITIVE
+    ] = None
     held_out: Annotated[
         float, "Fraction of them that the probes are tested on.", Range(above=0, below=1)
     ] = 0.25

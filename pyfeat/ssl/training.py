@@ -57,6 +57,7 @@ def fit(config: Config, *, resume: bool = False, force: bool = False) -> Run:
         epochs=training.epochs,
         seed=training.seed,
         world_size=training.devices * training.nodes,
+        weights=source.weights,
     )
     objective = make_objective(config, source)
     objective.check_data(collate([SourceDataset(source, training.seed)[0, 0]]))
@@ -128,6 +129,7 @@ class _Data(LightningDataModule):
             seed=self._training.seed,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
+            weights=self._source.weights,
         )
         seed, workers = self._training.seed, self._training.workers
         return ResumableLoader(self._source, sampler, seed=seed, workers=workers)

@@ -68,21 +68,67 @@ def alignment(first: Tensor, second: Tensor) -> float:
     return float((a - b).square().sum(dim=1).mean())
 
 
-def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int
-) -> float:
-    """Return how often the k nearest, by cosine, vote for the label; ties go to the lower label.
+def knn_votes(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    k: int,
+    *,
+    num_classes: int,
+    temperature: float | None = None,
+) -> Tensor:
+    """Return what the k nearest, by cosine, vote for.
 
     Args:
         train: (N, D) float.
-        train_labels: (N,) int64, >= 0.
+        train_labels: (N,) int64 in [0, ``num_classes``).
         test: (Q, D) float.
-        test_labels: (Q,) int64, >= 0.
         k: Neighbours; at most N of them vote.
+        num_classes: C.
+        temperature: > 0; a vote weighs ``exp(cosine / temperature)``, in proportion to that of the
+            nearest. None: every vote 1.
+
+    Returns:
+        (Q, C) float64.
+
+    Source: the weights, with 0.07, are those of Wu et al., Unsupervised feature learning via
+    non-parametric instance discrimination, CVPR 2018, arXiv:1805.01978.
+
+    Examples:
+        >>> rows, labels = torch.eye(2), torch.tensor([0, 1])
+        >>> knn_votes(rows, labels, rows[:1], 2, num_classes=2, temperature=0.5).round(decimals=4)
+        tensor([[1.0000, 0.1353]], dtype=torch.float64)
     """
     found = knn(test.float(), train.float(), min(k, len(train)), metric="cosine")
+    weights = torch.ones_like(found.distances, dtype=torch.float64)
+    if temperature is not None:
+        farther = found.distances[:, :1].double() - found.distances.double()
+        weights = (farther / temperature).exp()
+    votes = weights.new_zeros(len(test), num_classes)
+    return votes.scatter_add_(1, train_labels[found.indices], weights)
+
+
+def knn_accuracy(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    k: int,
+    *,
+    temperature: float | None = None,
+) -> float:
+    """Return how often the k nearest vote for the label; ties go to the lower label.
+
+    Args:
+        train: As ``knn_votes``.
+        train_labels: As ``knn_votes``.
+        test: As ``knn_votes``.
+        test_labels: (Q,) int64, >= 0.
+        k: As ``knn_votes``.
+        temperature: As ``knn_votes``.
+    """
     classes = int(max(train_labels.max(), test_labels.max())) + 1
-    votes = functional.one_hot(train_labels[found.indices], classes).sum(dim=1)
+    votes = knn_votes(train, train_labels, test, k, num_classes=classes, temperature=temperature)
     return float((votes.argmax(dim=1) == test_labels).double().mean())
 
 
@@ -192,8 +238,9 @@ class Watcher:
         if len(rows) - num_test < 2 or len(set(labels[num_test:].tolist())) < 2:
             return {}
         parts = rows[num_test:], labels[num_test:], rows[:num_test], labels[:num_test]
-        figures = {"probe/knn": knn_accuracy(*parts, self._settings.k)}
-        if last and self._settings.linear:
+        settings = self._settings
+        figures = {"probe/knn": knn_accuracy(*parts, settings.k, temperature=settings.temperature)}
+        if last and settings.linear:
             figures["probe/linear"] = linear_accuracy(*parts)
         return figures
 

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from pyfeat.ssl.data.source import OP, Sample, Source, SourceDataset, collate
@@ -12,7 +13,8 @@ from pyfeat.ssl.data.source import OP, Sample, Source, SourceDataset, collate
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The batches of a whole run, epoch after epoch.
 
-    Every epoch has its own order, from the seed and its number alone; what is left of it after the
+    Every epoch has its own order, from the seed and its number alone, each sample once unless there
+    are weights; what is left of it after the
     last whole batch is left out. Of each batch of ``batch_size`` samples the process takes an equal
     part: all parts together are the batch that one process alone would take.
 
@@ -23,6 +25,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         seed: Of the orders.
         rank: Of this process.
         world_size: Number of processes.
+        weights: (N,), positive: of an epoch, N samples are drawn in proportion, with repetition.
 
     Attributes:
         start: Step that the next iteration begins with, counted from 0.
@@ -46,6 +49,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        weights: Tensor | None = None,
     ) -> None:
         if num_samples < world_size:
             message = (
@@ -70,6 +74,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self._num_samples, self._batch_size = num_samples, batch_size
         self._epochs, self._seed = epochs, seed
         self._rank, self._part = rank, batch_size // world_size
+        self._weights = weights
 
     def __len__(self) -> int:
         """Return the steps of the whole run, those before ``start`` included."""
@@ -89,7 +94,14 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         """Return the order of all samples in an epoch."""
         # One seed for each pair, without a pair whose orders agree.
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(self._num_samples, generator=generator).tolist()
+        count = self._num_samples
+        if self._weights is None:
+            drawn = torch.randperm(count, generator=generator)
+        else:  # multinomial takes 2^24 kinds at most
+            ends = self._weights.double().cumsum(0)
+            places = torch.rand(count, generator=generator, dtype=torch.float64) * ends[-1]
+            drawn = torch.searchsorted(ends, places, right=True).clamp_max(count - 1)
+        order: list[int] = drawn.tolist()
         return order
 
 

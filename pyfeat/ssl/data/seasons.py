@@ -9,12 +9,10 @@ from typing import Annotated, NamedTuple
 import torch
 
 from pyfeat.ssl.data.images import check_formats, read_pixels, read_table
+from pyfeat.ssl.data.phenology import CALENDAR, Phenology, choose_date
 from pyfeat.ssl.data.source import OP, Sample, Source, label_codes
-from pyfeat.ssl.options import AT_LEAST_ONE, Range
+from pyfeat.ssl.options import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, Range
 from pyfeat.ssl.registry import SOURCES
-
-YEAR_DAYS = 365.25
-SEASONS = ("spring", "summer", "autumn", "winter")
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,8 @@ class SeasonOptions:
     path: Annotated[
         str,
         "CSV file with the columns place, day (of the year, 1 to 366) and image (path, relative to "
-        "the file), and maybe label.",
+        "the file), and maybe label, cloud (share of the image, 0 to 1) and weight (of the place, "
+        "against others: how often it is drawn).",
     ]
     phenology: Annotated[
         str | None,
@@ -33,56 +32,46 @@ class SeasonOptions:
     ] = None
     size: Annotated[tuple[int, int], "Height and width to resize to.", AT_LEAST_ONE] = (64, 64)
     views: Annotated[int, "Dates drawn of a place, of different seasons.", Range(low=1, high=4)] = 3
+    fewest: Annotated[
+        int | None,
+        "Fewest seasons of a place; where they are fewer than views, the last date is repeated. "
+        "null: views.",
+        Range(low=1, high=4),
+    ] = None
+    max_cloud: Annotated[float, "Dates with as much cloud or more are left out.", FRACTION] = 0.2
+    window: Annotated[
+        float,
+        "Days from the middle of a season within which the clearest date is taken.",
+        NOT_NEGATIVE,
+    ] = 15.0
 
-
-class Phenology(NamedTuple):
-    """Days of the year on which the seasons of a place begin, in the order of ``SEASONS``."""
-
-    greenup: float
-    maturity: float
-    senescence: float
-    dormancy: float
-
-    def season(self, day: float) -> int:
-        """Return the season of a day, as its index in ``SEASONS``.
-
-        Examples:
-            >>> [CALENDAR.season(day) for day in (1, 100, 200, 300)]
-            [3, 0, 1, 2]
-            >>> Phenology(250, 300, 50, 100).season(20)  # south of the equator: summer
-            1
-        """
-        return min(range(4), key=lambda season: (day - self[season]) % YEAR_DAYS)
-
-    def from_middle(self, day: float) -> float:
-        """Return the days between a day and the middle of its season."""
-        season = self.season(day)
-        length = (self[(season + 1) % 4] - self[season]) % YEAR_DAYS
-        return abs((day - self[season]) % YEAR_DAYS - length / 2)
-
-
-CALENDAR = Phenology(60, 152, 244, 335)  # March, June, September, December
+    def __post_init__(self) -> None:
+        if self.fewest is not None and self.fewest > self.views:
+            message = f"fewest must be at most views = {self.views}, got {self.fewest}"
+            raise ValueError(message)
 
 
 class _Place(NamedTuple):
     name: str
     label: str | None
-    seasons: tuple[tuple[float, str], ...]  # the day and file nearest to the middle of each season
+    weight: float
+    seasons: tuple[tuple[float, str], ...]  # the day and file chosen for each season
 
 
 @SOURCES.register("seasons", SeasonOptions)
 class SeasonSource(Source):
     """Places as ``images`` (V, C, H, W) float32 in [0, 1], ``days`` (V,) and ``seasons`` (V,) int64.
 
-    Of each season of a place the date nearest to its middle is kept. V of them are drawn without
-    repetition and in random order. Places with fewer seasons than V are left out.
+    Of each season of a place one date is kept, by ``choose_date``; dates without a cloud count as
+    clear and as equal. V of them are drawn without repetition and in random order. Places with fewer
+    seasons than V, or than ``fewest``, are left out.
 
     Args:
         options: As a configuration has them.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If no place has V seasons, or a day is none.
+        ValueError: If no place has enough seasons, or a day, cloud or weight is none.
 
     Source: Plekhanova et al., SSL4Eco, CVPR workshops 2025, arXiv:2504.18256.
     """
@@ -92,10 +81,11 @@ class SeasonSource(Source):
         path = Path(options.path)
         self._phenology = _read_phenology(options.phenology)
         places = self._read_places(path)
-        self._places = [place for place in places if len(place.seasons) >= options.views]
+        fewest = options.views if options.fewest is None else options.fewest
+        self._places = [place for place in places if len(place.seasons) >= fewest]
         if not self._places:
             message = (
-                f"{OP}: data.path must hold places with {options.views} seasons, got {len(places)} "
+                f"{OP}: data.path must hold places with {fewest} seasons, got {len(places)} "
                 f"places with fewer in {path}"
             )
             raise ValueError(message)
@@ -103,6 +93,9 @@ class SeasonSource(Source):
         self.sample_shape = (3, *options.size)
         if any(place.label is not None for place in self._places):
             self.labels = label_codes([place.label for place in self._places])
+        weights = [place.weight for place in self._places]
+        if len(set(weights)) > 1:
+            self.weights = torch.tensor(weights, dtype=torch.float64)
 
     def __len__(self) -> int:
         """Return N, the number of places."""
@@ -113,6 +106,7 @@ class SeasonSource(Source):
         place = self._places[index]
         order = torch.randperm(len(place.seasons), generator=generator)[: self._options.views]
         drawn = [place.seasons[i] for i in order.tolist()]
+        drawn += drawn[-1:] * (self._options.views - len(drawn))
         images = [read_pixels(file, self._options.size, file) for _, file in drawn]
         days = [day for day, _ in drawn]
         phenology = self._phenology.get(place.name, CALENDAR)
@@ -129,23 +123,39 @@ class SeasonSource(Source):
     def _read_places(self, path: Path) -> list[_Place]:
         rows = defaultdict(list)
         labels: dict[str, str | None] = {}
+        weights: dict[str, float] = {}
         for row in read_table(path, ("place", "day", "image")):
-            day = _day(row["day"], path)
-            rows[row["place"]].append((day, str(path.parent / row["image"])))
-            labels[row["place"]] = row.get("label") or labels.get(row["place"])
+            name, cloud = row["place"], _number(row.get("cloud") or "0", path, "cloud", 1)
+            rows[name].append((_number(row["day"], path, "day", 366), cloud, row["image"]))
+            labels[name] = row.get("label") or labels.get(name)
+            weight = _number(row.get("weight") or "1", path, "weight", math.inf)
+            if weights.setdefault(name, weight) != weight or weight == 0:
+                message = (
+                    f"{OP}: weight must be one positive number a place, got {weight} for {name} "
+                    f"in {path}"
+                )
+                raise ValueError(message)
         missing = set(rows) - set(self._phenology)
         if self._phenology and missing:
             shown = ", ".join(sorted(missing)[:5])
             message = f"{OP}: data.phenology must have every place, got none for {shown}"
             raise ValueError(message)
-        return [_Place(name, labels[name], self._best(name, dates)) for name, dates in rows.items()]
+        return [
+            _Place(name, labels[name], weights[name], self._chosen(name, dates, path.parent))
+            for name, dates in rows.items()
+        ]
 
-    def _best(self, name: str, dates: list[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
+    def _chosen(
+        self, name: str, dates: list[tuple[float, float, str]], folder: Path
+    ) -> tuple[tuple[float, str], ...]:
         phenology = self._phenology.get(name, CALENDAR)
-        best: dict[int, tuple[float, str]] = {}
-        for day, file in sorted(dates, key=lambda date: (phenology.from_middle(date[0]), date)):
-            best.setdefault(phenology.season(day), (day, file))
-        return tuple(best[season] for season in sorted(best))
+        dates = sorted(dates)
+        days, clouds, files = zip(*dates, strict=True)
+        options = {"max_cloud": self._options.max_cloud, "window": self._options.window}
+        if len(set(clouds)) == 1:  # nothing tells near dates apart but the middle
+            options["window"] = 0.0
+        chosen = (choose_date(days, clouds, season, phenology, **options) for season in range(4))
+        return tuple((days[i], str(folder / files[i])) for i in chosen if i is not None)
 
 
 def _read_phenology(path: str | None) -> dict[str, Phenology]:
@@ -153,17 +163,20 @@ def _read_phenology(path: str | None) -> dict[str, Phenology]:
         return {}
     rows = read_table(Path(path), ("place", *Phenology._fields))
     return {
-        row["place"]: Phenology(*(_day(row[field], Path(path)) for field in Phenology._fields))
+        row["place"]: Phenology(
+            *(_number(row[field], Path(path), "day", 366) for field in Phenology._fields)
+        )
         for row in rows
     }
 
 
-def _day(text: str, path: Path) -> float:
+def _number(text: str, path: Path, name: str, highest: float) -> float:
     try:
-        day = float(text)
+        number = float(text)
     except (TypeError, ValueError):
-        day = math.nan
-    if not 0 <= day <= 366:
-        message = f"{OP}: days must be of the year, 1 to 366, got {text!r} in {path}"
+        number = math.nan
+    if not 0 <= number <= highest or number == math.inf:
+        most = f"of the year, 1 to {highest}" if name == "day" else f"in [0, {highest}]"
+        message = f"{OP}: {name} must be {most}, got {text!r} in {path}"
         raise ValueError(message)
-    return day
+    return number

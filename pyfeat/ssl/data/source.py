@@ -24,10 +24,13 @@ class Source(abc.ABC):
         labels: (N,) int64, -1 where a sample has none; None if no sample has one. Nothing is trained
             on them but objectives that say so; probes are.
         num_images: Images beside volumes, of which some come with each sample.
+        weights: (N,) float64, positive: how often samples are drawn, against each other; None: each
+            once an epoch.
     """
 
     sample_shape: tuple[int, ...] = ()
     num_images: int = 0
+    weights: Tensor | None = None
     labels: Tensor | None = None
 
     @abc.abstractmethod

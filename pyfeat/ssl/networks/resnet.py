@@ -1,5 +1,6 @@
 """Residual networks of images and volumes that give the maps of all stages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,12 @@ from pyfeat.ssl.options import AT_LEAST_ONE
 from pyfeat.ssl.parts.batch_norm import BatchNorm
 from pyfeat.ssl.registry import NETWORKS
 
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)
+
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": BatchNorm, "group": _group_norm}
 _CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -33,6 +40,11 @@ class ResNetOptions:
     ] = "3x3"
     in_channels: Annotated[int, "Channels of the input.", AT_LEAST_ONE] = 3
     ndim: Annotated[Literal[2, 3], "2 for images, 3 for volumes."] = 2
+    norm: Annotated[
+        Literal["batch", "group"],
+        "batch takes statistics over the samples of a batch; group does not: samples tell nothing of "
+        "each other, as losses with a queue need on one device. In groups of 8 channels, or all.",
+    ] = "batch"
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -74,12 +86,15 @@ class ResNet(nn.Module):
         self.conv1 = _CONVOLUTIONS[ndim](
             options.in_channels, width, side, stride=2, padding=side // 2, bias=False
         )
-        self.bn1 = BatchNorm(width)
+        norm = _NORMS[options.norm]
+        self.bn1 = norm(width)
         self.map_dims = [width * 2**i for i in range(len(options.blocks))]
         previous = width
         for i, (channels, count) in enumerate(zip(self.map_dims, options.blocks, strict=True)):
             stage = [
-                _Block(previous if j == 0 else channels, channels, 2 if i and not j else 1, ndim)
+                _Block(
+                    previous if j == 0 else channels, channels, 2 if i and not j else 1, ndim, norm
+                )
                 for j in range(count)
             ]
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
@@ -89,7 +104,7 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, _Block):  # a block begins as the identity
-                nn.init.zeros_(module.bn2.weight)
+                nn.init.zeros_(module.bn2.get_parameter("weight"))
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Compute the maps (B, C, h, w) of all stages, (B, C, d, h, w) of volumes, fine to coarse.
@@ -131,18 +146,25 @@ class ResNet(nn.Module):
 class _Block(nn.Module):
     """Two convolutions beside a short cut."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, ndim: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        ndim: int,
+        norm: Callable[[int], nn.Module],
+    ) -> None:
         super().__init__()
         convolution = _CONVOLUTIONS[ndim]
         self.conv1 = convolution(in_channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = BatchNorm(channels)
+        self.bn1 = norm(channels)
         self.conv2 = convolution(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = BatchNorm(channels)
+        self.bn2 = norm(channels)
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != channels:
             self.downsample = nn.Sequential(
                 convolution(in_channels, channels, 1, stride=stride, bias=False),
-                BatchNorm(channels),
+                norm(channels),
             )
 
     def forward(self, x: Tensor) -> Tensor:
