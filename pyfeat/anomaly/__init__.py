@@ -12,15 +12,21 @@ from pyfeat.anomaly.metrics import (
     normal_threshold,
 )
 from pyfeat.anomaly.patchcore import AnomalyScores, PatchCore, ScoredImage
+from pyfeat.anomaly.readers import read_dataset, write_dataset
+from pyfeat.anomaly.samples import Dataset, Record, Sample
+from pyfeat.anomaly.synthesis import synthesise
 
 if TYPE_CHECKING:
     from pyfeat.anomaly.outliers import FeatureOutlier
 
 __all__ = [
     "AnomalyScores",
+    "Dataset",
     "FeatureOutlier",
     "PatchCore",
     "PixelMetrics",
+    "Record",
+    "Sample",
     "ScoredImage",
     "Threshold",
     "average_precision",
@@ -28,6 +34,9 @@ __all__ = [
     "fpr_at_tpr",
     "image_auroc",
     "normal_threshold",
+    "read_dataset",
+    "synthesise",
+    "write_dataset",
 ]
 
 
