@@ -13,6 +13,7 @@ from pyfeat import losses
 from pyfeat._C import __version__
 from pyfeat._info import info
 from pyfeat.attention import MultiScaleDeformAttn, deform_attn
+from pyfeat.bank_distance import bank_min_distance
 from pyfeat.coreset import Coreset, greedy_coreset
 from pyfeat.matching import Matches, match
 from pyfeat.memory import MemoryBank
@@ -26,6 +27,7 @@ __all__ = [
     "Neighbours",
     "RangeNeighbours",
     "__version__",
+    "bank_min_distance",
     "deform_attn",
     "greedy_coreset",
     "info",
