@@ -335,7 +335,7 @@ def test_a_text_is_read_to_its_end_and_not_beyond() -> None:
     text = make("clip", text_length=12).text.eval()
     alone = text(text.tokens(["cell"]))
     padded = text(text.tokens(["cell", "a longer one"]))
-    torch.testing.assert_close(padded[:1], alone, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(padded[:1], alone, atol=1e-5, rtol=1e-5)
     assert text.tokens(["a longer one"]).shape == (1, 12)
     assert torch.equal(text(text.tokens(["a longer one"])), text(text.tokens(["a longer or two"])))
     assert not torch.allclose(text(text.tokens(["cel"])), alone)
