@@ -39,6 +39,13 @@ def make_optimiser(
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
 
 
+def scale_weight_decay(optimiser: torch.optim.Optimizer, factor: float) -> None:
+    """Set weight decays to those that the optimiser was made with, times a factor."""
+    for group in optimiser.param_groups:
+        first = group.setdefault("first_weight_decay", group["weight_decay"])
+        group["weight_decay"] = first * factor
+
+
 def warm_cosine(step: int, warmup: int, total: int, final: float) -> float:
     """Return the factor of the learning rate at a step, counted from 0.
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyfeat.ssl.networks.intensities import Intensities
-from pyfeat.ssl.options import AT_LEAST_ONE, POSITIVE
+from pyfeat.ssl.options import AT_LEAST_ONE, POSITIVE, Range
+from pyfeat.ssl.parts.stochastic_depth import StochasticDepth
 from pyfeat.ssl.registry import NETWORKS
 
 
@@ -34,8 +35,14 @@ class ViTOptions:
     freeze_patches: Annotated[
         bool, "Leave the projection of patches as it was drawn, against instability (MoCo v3)."
     ] = False
+    drop_path: Annotated[
+        float,
+        "Share of samples that skip the last block in training; it rises from 0 along the blocks.",
+        Range(low=0, below=1),
+    ] = 0.0
     pool: Annotated[
-        Literal["class", "mean"], "What the features are: the class token, or the mean of the rest."
+        Literal["class", "mean", "both"],
+        "What the features are: the class token, the mean of the rest, or both side by side (SiT).",
     ] = "class"
 
     def __post_init__(self) -> None:
@@ -82,8 +89,8 @@ class ViT(nn.Module):
         options: As ``ViTOptions``.
 
     Attributes:
-        feature_dim: Width of a token.
-        map_dims: The same for each map.
+        feature_dim: Width of a token, or twice that.
+        map_dims: Width of a token for each map.
         grid: Patches along each axis of an image of the size that is kept.
 
     Source: Dosovitskiy et al., An image is worth 16x16 words, ICLR 2021, arXiv:2010.11929; frozen
@@ -103,7 +110,7 @@ class ViT(nn.Module):
         self.options = options
         width = options.width
         self.grid = (options.image_size // options.patch_size,) * options.ndim
-        self.feature_dim = width
+        self.feature_dim = 2 * width if options.pool == "both" else width
         self.intensities = Intensities(options.in_channels)
         self.patch_embed = _Patches(options)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -113,7 +120,10 @@ class ViT(nn.Module):
             requires_grad=options.learn_positions,
         )
         self.blocks = nn.Sequential(
-            *(Block(width, options.heads, options.mlp_ratio) for _ in range(options.depth))
+            *(
+                Block(width, options.heads, options.mlp_ratio, drop_path=rate)
+                for rate in torch.linspace(0, options.drop_path, options.depth).tolist()
+            )
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.map_dims = [width] * len(self._map_blocks)
@@ -187,13 +197,13 @@ class ViT(nn.Module):
         return tokens
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the class token, or the mean of the patches', (B, D)."""
-        return self._pooled(self.tokens(images))
+        """Compute the class token, or the mean of the patches', (B, D), or both, (B, 2 D)."""
+        return pool_tokens(self.tokens(images), self.options.pool)
 
     def features_and_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the features (B, D), and the patches (B, P, D) of the last block, row by row."""
         tokens = self.tokens(images)
-        return self._pooled(tokens), tokens[:, 1:]
+        return pool_tokens(tokens, self.options.pool), tokens[:, 1:]
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Compute the patches of four blocks evenly spread, as maps (B, D, h, w); the last normalised."""
@@ -212,9 +222,6 @@ class ViT(nn.Module):
         depth = len(self.blocks)
         return sorted({math.ceil(depth * (i + 1) / 4) - 1 for i in range(4)})
 
-    def _pooled(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 0] if self.options.pool == "class" else tokens[:, 1:].mean(dim=1)
-
     def _embed(
         self, images: Tensor, seen: Tensor | None, hidden: Tensor | None, mask_token: Tensor | None
     ) -> tuple[Tensor, tuple[int, ...]]:
@@ -230,6 +237,14 @@ class ViT(nn.Module):
         return torch.cat([first, x], dim=1), grid
 
 
+def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
+    """Return the class token of (B, 1 + T, D), the mean of the others, or both, (B, 2 D)."""
+    mean = tokens[:, 1:].mean(dim=1)
+    if pool == "both":
+        return torch.cat([tokens[:, 0], mean], dim=1)
+    return tokens[:, 0] if pool == "class" else mean
+
+
 class Block(nn.Module):
     """Attention and two layers, each beside a short cut and after a normalisation.
 
@@ -238,10 +253,17 @@ class Block(nn.Module):
         heads: Of the attention; they divide ``width``.
         mlp_ratio: Hidden features, times ``width``.
         causal: Each token sees itself and those before it.
+        drop_path: Share of samples that skip each half of the block in training.
     """
 
     def __init__(
-        self, width: int, heads: int, mlp_ratio: float = 4.0, *, causal: bool = False
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        causal: bool = False,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
@@ -249,11 +271,12 @@ class Block(nn.Module):
         self.attn = _Attention(width, heads, causal=causal)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = _MLP(width, hidden)
+        self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to the same."""
-        x = x + self.attn(self.norm1(x))
-        y: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        y: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return y
 
 

@@ -11,6 +11,7 @@ from pyfeat.losses import DINOCenter, dino_loss, koleo
 from pyfeat.ssl.objectives.base import Batch, Plan
 from pyfeat.ssl.objectives.swav import MultiCropOptions, multi_crop
 from pyfeat.ssl.objectives.views import ViewObjective, encode, samples_of
+from pyfeat.ssl.optimisers import scale_weight_decay
 from pyfeat.ssl.options import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE
 from pyfeat.ssl.parts import MLP, Prototypes, Schedule, Teacher
 from pyfeat.ssl.registry import OBJECTIVES
@@ -125,9 +126,7 @@ class DINO(ViewObjective):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Leave the last layer as it is at first, and set the weight decay; Lightning calls it."""
         self.prototypes.freeze(self.steps_done)
-        for group in optimizer.param_groups:
-            first = group.setdefault("first_weight_decay", group["weight_decay"])
-            group["weight_decay"] = first * self.decay(self.steps_done)
+        scale_weight_decay(optimizer, self.decay(self.steps_done))
 
     def after_step(self) -> None:
         """Let the teacher follow."""

@@ -60,7 +60,7 @@ class MAE(ViewObjective):
                 f"got {width} and {options.decoder_heads}"
             )
             raise ValueError(message)
-        self.narrow = nn.Linear(backbone.feature_dim, width)
+        self.narrow = nn.Linear(vit.width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         blocks = [Block(width, options.decoder_heads) for _ in range(options.decoder_depth)]
         self.decoder = nn.Sequential(*blocks, nn.LayerNorm(width, eps=1e-6))

@@ -14,12 +14,14 @@ from pyfeat.ssl.parts.clusters import (
     Clusters,
     spherical_kmeans,
 )
+from pyfeat.ssl.parts.corruption import Corruption, group_corruption
 from pyfeat.ssl.parts.crops import Augmentation, Views, VolumeAugmentation
 from pyfeat.ssl.parts.grouping import grouped_patches, grouping_weights
 from pyfeat.ssl.parts.heads import MLP, Prototypes
 from pyfeat.ssl.parts.masking import Masking, block_masking, random_masking
 from pyfeat.ssl.parts.optimisers import LARS
 from pyfeat.ssl.parts.schedules import Schedule
+from pyfeat.ssl.parts.stochastic_depth import StochasticDepth
 from pyfeat.ssl.parts.teacher import Teacher
 
 __all__ = [
@@ -30,9 +32,11 @@ __all__ = [
     "BankClusters",
     "BatchNorm",
     "Clusters",
+    "Corruption",
     "Masking",
     "Prototypes",
     "Schedule",
+    "StochasticDepth",
     "Teacher",
     "Views",
     "VolumeAugmentation",
@@ -41,6 +45,7 @@ __all__ = [
     "caption_pool",
     "distinct_captions",
     "draw_captions",
+    "group_corruption",
     "grouped_patches",
     "grouping_weights",
     "random_masking",

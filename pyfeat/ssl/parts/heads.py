@@ -11,6 +11,7 @@ from pyfeat._checks import check_choice, check_count
 from pyfeat.ssl.parts.batch_norm import BatchNorm
 
 Norm = Literal["batch", "layer", "none"]
+Activation = Literal["relu", "gelu"]
 
 
 class MLP(nn.Sequential):
@@ -19,13 +20,14 @@ class MLP(nn.Sequential):
     Args:
         dims: Features of the input, of every hidden layer and of the output; at least two.
         norm: Of hidden layers; "batch" takes the statistics of all processes together.
-        activation: Of hidden layers.
+        activation: Of all hidden layers, or of each.
         last_norm: A normalisation of the output too, without anything to learn.
         last_bias: A bias of the last layer; with ``last_norm`` there is none, for it would have no
             effect.
 
     Raises:
-        ValueError: If ``dims`` are fewer than two or below 1.
+        ValueError: If ``dims`` are fewer than two or below 1, or activations not as many as hidden
+            layers.
 
     Examples:
         >>> MLP((8, 16, 4))(torch.ones(2, 8)).shape
@@ -37,7 +39,7 @@ class MLP(nn.Sequential):
         dims: Sequence[int],
         *,
         norm: Norm = "batch",
-        activation: Literal["relu", "gelu"] = "relu",
+        activation: Activation | Sequence[Activation] = "relu",
         last_norm: bool = False,
         last_bias: bool = True,
     ) -> None:
@@ -47,13 +49,19 @@ class MLP(nn.Sequential):
         for i, dim in enumerate(dims):
             check_count("MLP", f"dims[{i}]", dim)
         check_choice("MLP", "norm", norm, ("batch", "layer", "none"))
-        check_choice("MLP", "activation", activation, ("relu", "gelu"))
+        num_hidden = len(dims) - 2
+        chosen = [activation] * num_hidden if isinstance(activation, str) else list(activation)
+        if len(chosen) != num_hidden:
+            message = f"MLP: activation must be one, or {num_hidden}, got {len(chosen)}"
+            raise ValueError(message)
+        for each in [activation] if isinstance(activation, str) else chosen:
+            check_choice("MLP", "activation", each, ("relu", "gelu"))
         layers: list[nn.Module] = []
         for i in range(1, len(dims) - 1):
             # A normalisation subtracts the bias of a layer before it.
             layers.append(nn.Linear(dims[i - 1], dims[i], bias=norm != "batch"))
             layers += _norm_layers(norm, dims[i], learned=True)
-            layers.append(nn.ReLU(inplace=True) if activation == "relu" else nn.GELU())
+            layers.append(nn.ReLU(inplace=True) if chosen[i - 1] == "relu" else nn.GELU())
         layers.append(nn.Linear(dims[-2], dims[-1], bias=last_bias and not last_norm))
         if last_norm:
             layers += _norm_layers(norm, dims[-1], learned=False)

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyfeat.ssl.parts.stochastic_depth import StochasticDepth
+
 
 class Teacher(nn.Module):
     """A copy of a module that does not learn but follows it.
 
     Buffers, such as the running statistics of a batch normalisation, are its own: it sees its own
-    views. Parameters that the student does not learn are followed too, and stay equal.
+    views. Parameters that the student does not learn are followed too, and stay equal. No sample
+    skips a block of it.
 
     Args:
         student: The module; it is copied.
@@ -31,6 +34,9 @@ class Teacher(nn.Module):
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.module = copy.deepcopy(student).requires_grad_(False)
+        for part in self.module.modules():
+            if isinstance(part, StochasticDepth):
+                part.rate = 0.0
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
