@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pyfeat.anomaly.ear import EAR
 from pyfeat.anomaly.metrics import (
     PixelMetrics,
     Threshold,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pyfeat.anomaly.outliers import FeatureOutlier
 
 __all__ = [
+    "EAR",
     "AnomalyScores",
     "Dataset",
     "FeatureOutlier",

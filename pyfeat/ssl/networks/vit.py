@@ -216,6 +216,22 @@ class ViT(nn.Module):
                 maps.append(y[:, 1:].mT.reshape(len(x), -1, *grid))
         return maps
 
+    def class_attention(self, images: Tensor) -> Tensor:
+        """Compute where the class token of the last block looks, (B, heads, h, w); each head sums to 1.
+
+        Shares are among the patches: what the class token pays to itself is left out.
+
+        Args:
+            images: As in ``patches``; ``ndim`` is 2.
+        """
+        x, grid = self._embed(images, None, None, None)
+        blocks: list[Any] = list(self.blocks)
+        last = blocks.pop()
+        for block in blocks:
+            x = block(x)
+        shares: Tensor = last.attn.class_shares(last.norm1(x))
+        return shares.view(*shares.shape[:2], *grid)
+
     @property
     def _map_blocks(self) -> list[int]:
         """The blocks whose patches are maps."""
@@ -308,10 +324,22 @@ class _Attention(nn.Module):
         self.heads, self.causal = heads, causal
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def class_shares(self, x: Tensor) -> Tensor:
+        """(B, heads, T): the attention of the first of 1 + T tokens to the others."""
+        q, k, _ = self._projected(x)
+        logits = (q[:, :, :1] @ k[:, :, 1:].mT)[:, :, 0] / q.shape[-1] ** 0.5
+        shares: Tensor = logits.softmax(dim=-1)
+        return shares
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each (B, heads, T, D / heads)."""
         batch, count, width = x.shape
         qkv = self.qkv(x).reshape(batch, count, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return tuple(qkv.permute(2, 0, 3, 1, 4).unbind(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, count, width = x.shape
+        q, k, v = self._projected(x)
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         projected: Tensor = self.proj(y.transpose(1, 2).reshape(batch, count, width))
         return projected

@@ -1,0 +1,353 @@
+"""EAR as a model: what it learns, that it never wavers, what is kept of it, what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+pytest.importorskip("kornia")
+
+from pyfeat.anomaly import EAR
+from pyfeat.anomaly.excision import Excision
+from pyfeat.anomaly.metrics import image_auroc, normal_threshold
+from pyfeat.anomaly.patchcore import PatchCore
+from pyfeat.anomaly.reconstruction import RebuildOptions, residual_maps, smooth
+from pyfeat.anomaly.saliency import (
+    AttentionSaliency,
+    EnergySaliency,
+    MemorySaliency,
+    Saliency,
+)
+from pyfeat.features import load_backbone
+from pyfeat.ssl.networks import ViT, ViTOptions
+from tests.support_anomaly import LAYERS, network, plates, scratched
+
+SIZE = (32, 32)
+QUICK = RebuildOptions(steps=2, batch_size=4)
+
+
+class Oddness(Saliency):
+    """How far cells of 4 pixels are from the mean of their image."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        cells = functional.avg_pool2d(images.mean(1, keepdim=True), 4)[:, 0]
+        return (cells - cells.mean(dim=(1, 2), keepdim=True)).abs()
+
+    def fingerprint(self) -> str:
+        return "oddness"
+
+
+def model(saliency: Saliency | None = None, **options: Any) -> EAR:
+    settings: dict[str, Any] = {"width": 4, "levels": 2, "window": 5, "training": QUICK}
+    return EAR(saliency or Oddness(), image_size=SIZE, **{**settings, **options})
+
+
+def good(count: int, seed: int) -> Any:
+    return plates(count, seed, SIZE)
+
+
+def vit() -> ViT:
+    torch.manual_seed(1)
+    return ViT(ViTOptions(image_size=32, patch_size=8, width=24, heads=3, depth=2)).eval()
+
+
+@pytest.fixture(scope="module")
+def trained() -> EAR:
+    options = RebuildOptions(steps=80, batch_size=8, lr=5e-3)
+    excision = Excision(area=0.15, dilation=1, block=8)
+    return model(width=8, training=options, excision=excision, holdout=0.25).fit(good(40, seed=1))
+
+
+def test_defects_score_higher_than_good_images_and_where_they_are(trained: EAR) -> None:
+    bad = scratched(good(20, seed=3), slice(10, 16), slice(18, 24))
+    normal, found = trained.score(good(20, seed=2)), trained.score(bad)
+    labels = [0] * 20 + [1] * 20
+    assert image_auroc(labels, torch.cat([normal.scores, found.scores])) > 0.95
+    peaks = [divmod(int(heat.argmax()), 32) for heat in found.maps]
+    near = [7 <= row <= 19 and 15 <= column <= 27 for row, column in peaks]
+    assert np.mean(near) >= 0.9
+
+
+def test_scores_are_equal_bit_by_bit_whenever_they_are_computed(trained: EAR) -> None:
+    images = good(20, seed=4)
+    first = trained.score(images)
+    torch.rand(7)
+    again = trained.score(images)
+    assert torch.equal(first.scores, again.scores)
+    assert torch.equal(first.maps, again.maps)
+    masks = [[image.mask for image in trained.rebuild(images)] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+    double = list(trained.rebuild(np.concatenate([images[:8], images[:8]])))
+    assert all(torch.equal(double[i].mask, double[i + 8].mask) for i in range(8))
+
+
+def test_what_is_shown_and_judged_of_an_image_fits_together(trained: EAR) -> None:
+    for image in trained.rebuild(scratched(good(3, seed=5), slice(4, 9), slice(4, 9))):
+        pixels, mask = image.pixels[None], image.mask[None]
+        assert torch.equal(image.shown, trained.excision.shown(pixels, mask)[0])
+        assert trained.network is not None
+        with torch.no_grad():
+            rebuilt = trained.network(image.shown[None])
+        torch.testing.assert_close(image.rebuilt, rebuilt[0])
+        residual = residual_maps(pixels, image.rebuilt[None], "msgms")
+        torch.testing.assert_close(image.plain_map, smooth(residual, 5)[0])
+        torch.testing.assert_close(image.masked_map, smooth(residual * mask, 5)[0])
+        assert image.plain_score == float(image.plain_map.max())
+        assert image.masked_score == float(image.masked_map.max())
+        assert image.shape == SIZE
+
+
+@pytest.mark.parametrize("weighting", ["plain", "masked"])
+def test_score_and_stream_follow_the_weighting(trained: EAR, weighting: Any) -> None:
+    images = good(5, seed=6)
+    trained.weighting = weighting
+    try:
+        scores = trained.score(images)
+        streamed = list(trained.stream(images))
+    finally:
+        trained.weighting = "plain"
+    rebuilt = list(trained.rebuild(images))
+    assert scores.names == [f"image {i:05d}" for i in range(5)]
+    assert scores.scores.tolist() == [getattr(r, f"{weighting}_score") for r in rebuilt]
+    for i, image in enumerate(rebuilt):
+        assert torch.equal(scores.maps[i], getattr(image, f"{weighting}_map"))
+        assert torch.equal(streamed[i].heat_map, scores.maps[i])
+        assert streamed[i].score == float(scores.scores[i])
+
+
+def test_the_threshold_comes_from_images_that_were_not_learned_from(trained: EAR) -> None:
+    assert (trained.summary.num_images, trained.summary.num_held_out) == (30, 10)
+    assert trained.threshold is not None
+    assert trained.threshold.num_normal == 10
+    held_out = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:10].sort().values
+    pixels = torch.from_numpy(good(40, seed=1)[held_out]).permute(0, 3, 1, 2).float() / 255
+    scores = trained.score(pixels.half().float()).scores
+    expected = normal_threshold(scores, false_alarm_rate=0.05)
+    assert trained.threshold.value == pytest.approx(expected.value, rel=1e-5)
+
+
+def test_calibration_sets_the_threshold() -> None:
+    fitted = model(false_alarm_rate=0.2).fit(good(4, seed=1))
+    threshold = fitted.calibrate(good(30, seed=2))
+    scores = fitted.score(good(30, seed=2)).scores
+    assert fitted.threshold == threshold == normal_threshold(scores, false_alarm_rate=0.2)
+
+
+def test_a_fit_follows_its_seed() -> None:
+    scores = [
+        model(seed=seed, training=replace(QUICK, steps=4)).fit(good(8, seed=1)).score(good(3, 2))
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(scores[0].scores, scores[1].scores)
+    assert not torch.equal(scores[0].scores, scores[2].scores)
+
+
+def test_one_image_is_learned_from_and_leaves_no_threshold() -> None:
+    fitted = model().fit(good(1, seed=1))
+    assert fitted.threshold is None
+    assert fitted.summary.num_images == 1
+    assert len(fitted.score(good(2, seed=2)).scores) == 2
+
+
+def test_skips_are_switched_in_scoring_only(trained: EAR) -> None:
+    images = good(2, seed=7)
+    before = [image.rebuilt for image in trained.rebuild(images)]
+    trained.skips = (False, True)
+    try:
+        after = list(trained.rebuild(images))
+    finally:
+        trained.skips = None
+    for image, rebuilt in zip(after, before, strict=True):
+        assert not torch.allclose(image.rebuilt, rebuilt)
+        assert trained.network is not None
+        with torch.no_grad():
+            expected = trained.network(image.shown[None], [False, True])
+        torch.testing.assert_close(image.rebuilt, expected[0])
+
+
+def test_auto_takes_the_largest_block_that_does_not_give_the_cut_away() -> None:
+    fitted = model(block="auto", training=replace(QUICK, steps=6)).fit(good(12, seed=1))
+    ratios = fitted.summary.block_errors
+    assert list(ratios) == [4, 8, 16]
+    fine = [block for block, ratio in ratios.items() if ratio <= 1.1]
+    assert fitted.excision.block == max(fine, default=4)
+    held_out = torch.from_numpy(good(12, seed=1)).permute(0, 3, 1, 2) / 255
+    chosen = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:1]
+    fitted.excision = replace(fitted.excision, block=8)
+    (image,) = fitted.rebuild(held_out[chosen].half().float())
+    error = (image.pixels - image.rebuilt).square().mean(0)
+    ratio = float(error[image.mask].mean() / error[~image.mask].mean())
+    assert ratios[8] == pytest.approx(ratio, rel=1e-3)
+
+
+# Where images stand out.
+
+
+@pytest.mark.parametrize("heads", ["mean", "max"])
+def test_attention_is_that_of_the_class_token_to_the_patches(heads: Any) -> None:
+    net, images = vit(), torch.rand(2, 3, 32, 48)
+    inputs: list[Tensor] = []
+    last: Any = net.blocks[-1]
+    last.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    net.tokens(images)
+    qkv = last.attn.qkv(inputs[0]).view(2, 25, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    shares = (qkv[0] @ qkv[1].mT / 8**0.5).softmax(-1)[:, :, 0, 1:]  # [B, heads, T]
+    shares = shares / shares.sum(-1, keepdim=True)
+    attention = net.class_attention(images)
+    torch.testing.assert_close(attention, shares.view(2, 3, 4, 6))
+    found = AttentionSaliency(net, heads=heads)(images)
+    expected = attention.mean(1) if heads == "mean" else attention.amax(1)
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+
+
+def test_energy_is_the_length_of_the_features_and_memory_the_distance_to_normal_ones() -> None:
+    images = torch.from_numpy(plates(4, 1, SIZE)).permute(0, 3, 1, 2) / 255
+    energy = EnergySaliency(network(), layers=LAYERS)
+    maps = load_backbone(network(), layers=LAYERS)(images)
+    torch.testing.assert_close(energy(images), maps[-1].square().sum(1).sqrt())
+    memory = MemorySaliency(network(), layers=LAYERS, coreset_ratio=0.5)
+    with pytest.raises(ValueError, match="MemorySaliency: it must be fitted first"):
+        memory(images)
+    memory.fit(images.half())
+    bank = PatchCore(network(), layers=LAYERS, image_size=SIZE, coreset_ratio=0.5)
+    expected = bank.fit(images.half().float()).score(images)
+    assert torch.equal(memory(images), expected.maps)
+
+
+def test_sources_that_are_none_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"AttentionSaliency: network must be a ViT of pyfeat\.ssl"):
+        AttentionSaliency(network())
+    with pytest.raises(ValueError, match="network must be a ViT or 'run:<folder>', got 'vit'"):
+        AttentionSaliency("vit")
+    with pytest.raises(ValueError, match="AttentionSaliency: heads must be one of"):
+        AttentionSaliency(vit(), heads="min")  # type: ignore[arg-type]
+
+
+# The folder of a model.
+
+
+SOURCES: dict[str, tuple[Any, Any]] = {
+    "own": (Oddness, Oddness),
+    "attention": (lambda: AttentionSaliency(vit(), heads="max"), vit),
+    "energy": (lambda: EnergySaliency(network(), layers=LAYERS[1:]), network),
+    "memory": (lambda: MemorySaliency(network(), layers=LAYERS), network),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_loaded_model_is_the_same(kind: str, tmp_path: Path) -> None:
+    make, again = SOURCES[kind]
+    fitted = model(
+        make(),
+        skips=np.array([False, True]),
+        residual="absolute",
+        weighting="masked",
+        excision=Excision(area=0.2, dilation=1, hint="mosaic"),
+        block="auto" if kind == "own" else 4,
+        seed=np.int64(3),
+    ).fit(good(6, seed=1))
+    fitted.save(tmp_path / "model")
+    loaded = EAR.load(tmp_path / "model", saliency=again(), batch_size=5)
+    expected, found = (each.score(good(5, seed=2)) for each in (fitted, loaded))
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.maps, expected.maps)
+    for name in (
+        "image_size",
+        "chooses_block",
+        "excision",
+        "skips",
+        "residual",
+        "weighting",
+        "training",
+        "holdout",
+        "threshold",
+        "summary",
+    ):
+        assert getattr(loaded, name) == getattr(fitted, name), name
+    loaded.save(tmp_path / "model", force=True)
+    assert json.loads((tmp_path / "model" / "ear.json").read_text())["kind"] == "EAR"
+    with pytest.raises(ValueError, match=r"EAR\.load: saliency must be given"):
+        EAR.load(tmp_path / "model")
+
+
+def test_a_model_of_a_named_backbone_is_loaded_by_its_folder_alone(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    saliency = EnergySaliency(layers=["_blocks.2"], dtype=torch.float32)
+    fitted = model(saliency).fit(good(3, seed=1))
+    fitted.save(tmp_path / "model")
+    loaded = EAR.load(tmp_path / "model")
+    assert isinstance(loaded.saliency, EnergySaliency)
+    assert loaded.saliency.backbone.layers == ("_blocks.2",)
+
+
+def test_models_that_are_not_whole_or_have_other_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"EAR\.save: model must be fitted first"):
+        model().save(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"EAR\.load: path must be the folder of a saved"):
+        EAR.load(tmp_path)
+    path = tmp_path / "model"
+    model(EnergySaliency(network(), layers=["3"])).fit(good(3, seed=1)).save(path)
+    with pytest.raises(ValueError, match="must be the one that the model was fitted with, energy"):
+        EAR.load(path, saliency=network(seed=1))
+    with pytest.raises(ValueError, match="got Oddness of others"):
+        EAR.load(path, saliency=Oddness())
+    with pytest.raises(FileExistsError, match=r"EAR\.save: output must not exist"):
+        model().fit(good(2, seed=1)).save(path)
+    manifest = json.loads((path / "ear.json").read_text())
+    for text, message in (
+        ("{", "must hold a whole model"),
+        (json.dumps({**manifest, "format_version": 99}), "a newer pyfeat wrote it"),
+        (json.dumps({k: v for k, v in manifest.items() if k != "width"}), "whole model"),
+        (json.dumps({**manifest, "width": 5}), "must hold a whole model"),
+        ("[]", "must hold a whole model"),
+    ):
+        (path / "ear.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            EAR.load(path, saliency=network())
+
+
+def test_images_that_cannot_be_read_are_skipped_and_named() -> None:
+    images = [*good(3, seed=1), np.full((4, 4), np.nan, np.float32)]
+    fitted = model().fit(images)
+    assert [image.name for image in fitted.skipped] == ["image 00003"]
+    assert len(fitted.score(images).scores) == 3
+    assert [image.name for image in fitted.skipped] == ["image 00003"]
+    with pytest.raises(ValueError, match=r"EAR\.fit: images must hold at least one that can be"):
+        model().fit(images[3:])
+    with pytest.raises(ValueError, match=r"EAR\.calibrate: images must hold at least one"):
+        fitted.calibrate(images[3:])
+    with pytest.raises(ValueError, match=r"EAR\.fit: images must all be usable"):
+        model().fit(images, strict=True)
+    with pytest.raises(ValueError, match=r"EAR\.score: model must be fitted first"):
+        model().score(images)
+    assert fitted.score(good(3, seed=1)[:0]).maps.shape == (0, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_size", 15),
+        ("image_size", (32, 32, 3)),
+        ("block", 0),
+        ("width", 0),
+        ("levels", 0),
+        ("skips", [True]),
+        ("residual", "ssim"),
+        ("window", 4),
+        ("weighting", "both"),
+        ("holdout", 1.0),
+        ("false_alarm_rate", 0.0),
+        ("batch_size", 0),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"EAR: {name} must be"):
+        EAR(Oddness(), **{"image_size": 32, "levels": 2, name: value})
