@@ -158,7 +158,7 @@ def _half(
         GROUPS,
         KEEP_POSITIVES,
     )
-    sums = _quarter(
+    more_softplus, more_sigmoids = _quarter(
         right,
         row,
         first + left.shape[1] + tl.arange(0, left.shape[1]),
@@ -180,7 +180,7 @@ def _half(
         GROUPS,
         KEEP_POSITIVES,
     )
-    return softplus + sums[0], sigmoids + sums[1]
+    return softplus + more_softplus, sigmoids + more_sigmoids
 
 
 # One program for each tile of BLOCK_M rows and BLOCK_N columns. Bound by the product, 2 D
@@ -260,7 +260,7 @@ def _softplus_kernel(
         GROUPS,
         KEEP_POSITIVES,
     )
-    sums = _half(
+    more_softplus, more_sigmoids = _half(
         right,
         row,
         first + BLOCK_N // 2,
@@ -285,5 +285,5 @@ def _softplus_kernel(
     at = parts + column_tile * num_rows + row
     plane = column_tiles * num_rows
     live = row < num_rows
-    tl.store(at, softplus + sums[0], mask=live)
-    tl.store(at + plane, sigmoids + sums[1], mask=live)
+    tl.store(at, softplus + more_softplus, mask=live)
+    tl.store(at + plane, sigmoids + more_sigmoids, mask=live)

@@ -59,7 +59,8 @@ def queries_of_block(
     TILE_Z: tl.constexpr = BLOCK_Q // (TILE_Y * TILE_X)
     first_block = 0
     first_query = 0
-    at = block * 0
+    # One level has the block and sets it anew. A constant crashes the compilers of Triton 3.3 to 3.5.
+    at = block
     start = block * 0
     depth = block * 0
     height = block * 0
