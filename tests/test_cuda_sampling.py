@@ -79,9 +79,28 @@ def test_queries_that_are_cells_give_the_same_bits_in_any_order(
         assert torch.equal(a, b[:, :-1])
 
 
-def crowded(queries: int, inside: int) -> Inputs:
-    """One cell, in which all points of the first ``inside`` queries lie."""
-    inputs = make_inputs([(1,)], batch=1, queries=queries, heads=1, dim=4, num_points=7)
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_a_corner_out_of_range_takes_no_part_whatever_the_weight(
+    ndim: int, kernels: Kernels
+) -> None:
+    inputs = make_inputs([(2,) * ndim], batch=1, queries=2, heads=1, num_points=1)
+    inputs = inputs.to(torch.float32)
+    inputs.value.abs_().add_(1.0)
+    inputs.sampling_locations[:, 0] = 0.0  # half a cell beyond the first one
+    inputs.sampling_locations[:, 1] = 1.0
+    inputs.attention_weights.fill_(math.inf)
+    assert (kernels.sums(inputs) == math.inf).all()
+    grad_output = torch.ones(1, 2, inputs.value.shape[3])
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        by_value = kernels.gradients(inputs, grad_output, (True, False, False))[0]
+        assert (by_value[0, [0, -1]] == math.inf).all()
+        assert not by_value[0, 1:-1].any()
+
+
+def crowded(queries: int, inside: int, *, cells: int = 1, heads: int = 1) -> Inputs:
+    """One or two cells, in which all points of the first ``inside`` queries lie."""
+    inputs = make_inputs([(cells,)], batch=1, queries=queries, heads=heads, dim=4, num_points=7)
     inputs.sampling_locations[:, :inside] = 0.5
     inputs.sampling_locations[:, inside:] = 7.0
     return inputs
@@ -94,6 +113,18 @@ def test_terms_of_a_crowded_cell_are_sorted_in_windows(
 ) -> None:
     # 280 terms, 525, and 420 whose numbers all are among the first 840 of 5,600.
     assert_right(kernels, crowded(queries, inside), torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("queries", "heads"), [(40, 2), (400, 1)])
+def test_terms_at_the_edges_of_windows_are_added_once(
+    queries: int, heads: int, kernels: Kernels
+) -> None:
+    # Cells have even and odd numbers. Of 280 terms of each cell and head, windows end at 513, which one
+    # cell of the first head has, and at 1,026, which the other cell of the second one has. The 420 of
+    # each cell whose numbers are among the first 840 of 5,600 do not fit at first, side by side.
+    inputs = crowded(queries, min(queries, 60), cells=2, heads=heads)
+    assert_right(kernels, inputs, torch.float32)
 
 
 @pytest.mark.slow
