@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyfeat._cuda_ops.loading import missing_for_cuda
 from pyfeat._cuda_ops.served import SERVED
+from pyfeat._gpu import PAIR_OPS
 from pyfeat._triton import MAX_K
 
 Backend = Literal["cpu", "cuda", "triton", "reference"]
@@ -20,11 +21,7 @@ Backend = Literal["cpu", "cuda", "triton", "reference"]
 # op, features, k
 Obstacles = Callable[[str, Tensor, int], list[str]]
 
-_TRITON_OPS = (
-    *("knn", "deform_attn"),
-    *("info_nce", "clip_loss", "siglip_loss", "supcon_loss", "nt_xent"),
-    *("sinkhorn_assignment", "swav_loss", "dino_loss", "ibot_loss"),
-)
+_TRITON_OPS = ("knn", "deform_attn", *PAIR_OPS)
 _TRITON_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyfeat import _C, _contrast_cpu, _contrast_cuda, _contrast_second
+from pyfeat._backends import Backend
 from pyfeat._contrast_cpu import kept_panels, sides_by_dim
 from pyfeat._derivatives import differentiable
 from pyfeat._pairs import Pairs, PairSums, WeightedSide
@@ -40,13 +41,13 @@ _GRADS_SCHEMA = (
 )
 torch.library.define(
     "pyfeat::pair_sums",
-    f"(Tensor a, Tensor b, Tensor scale, {PAIRS_SCHEMA}, bool columns, bool largest,"
+    f"(Tensor a, Tensor b, Tensor scale, str backend, {PAIRS_SCHEMA}, bool columns, bool largest,"
     " bool itself, int kept_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "pyfeat::pair_sums_backward",
-    f"(Tensor a, Tensor b, Tensor scale, {PAIRS_SCHEMA}, bool columns, {_GRADS_SCHEMA},"
-    " bool itself, bool need_a, bool need_b, bool need_scale, Tensor? kept)"
+    f"(Tensor a, Tensor b, Tensor scale, str backend, {PAIRS_SCHEMA}, bool columns,"
+    f" {_GRADS_SCHEMA}, bool itself, bool need_a, bool need_b, bool need_scale, Tensor? kept)"
     " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
@@ -57,8 +58,9 @@ torch.library.define(
 )
 torch.library.define(
     "pyfeat::weighted_features",
-    f"(Tensor a, Tensor b, Tensor scale, {PAIRS_SCHEMA}, bool columns, {_GRADS_SCHEMA},"
-    " Tensor a_values, Tensor b_values, bool need_a, bool need_b) -> (Tensor, Tensor)",
+    f"(Tensor a, Tensor b, Tensor scale, str backend, {PAIRS_SCHEMA}, bool columns,"
+    f" {_GRADS_SCHEMA}, Tensor a_values, Tensor b_values, bool need_a, bool need_b)"
+    " -> (Tensor, Tensor)",
 )
 
 _memory_budget = 1 << 30
@@ -102,6 +104,7 @@ def pair_sums(
     *,
     columns: bool = True,
     largest: bool = False,
+    backend: Backend = "cpu",
 ) -> PairSums:
     """Sums over the rows and columns of ``S = scale * a @ b.T + column_bias``; differentiable twice.
 
@@ -115,6 +118,7 @@ def pair_sums(
         pairs: Constants.
         columns: Whether sums over columns are wanted.
         largest: Whether the largest of every row is wanted.
+        backend: Which was chosen for the features, not the reference.
     """
     wanted = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or scale.requires_grad)
     itself = (
@@ -126,7 +130,7 @@ def pair_sums(
     )
     keeps = wanted and a.device.type == "cpu" and a.dtype != torch.float64
     kept_bytes = memory_budget() if keeps else 0
-    *sums, _ = _pair_sums(a, b, scale, *pairs, columns, largest, itself, kept_bytes)
+    *sums, _ = _pair_sums(a, b, scale, backend, *pairs, columns, largest, itself, kept_bytes)
     return PairSums(*sums)
 
 
@@ -142,6 +146,7 @@ def weighted_features(
     *,
     need_a: bool = True,
     need_b: bool = True,
+    backend: Backend = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """``G @ b_values`` (L, F) and ``G.T @ a_values`` (S, E), without G (L, S); not differentiable.
 
@@ -160,12 +165,14 @@ def weighted_features(
         b_values: (S, F), dtype and device of ``a``.
         need_a: Whether the first product is wanted; (0, F) otherwise.
         need_b: Whether the second is; (0, E) otherwise.
+        backend: Which was chosen for the features; the reference is plain torch.
     """
     sides = columns or WeightedSide(*(rows.lse.new_empty(0) for _ in range(3)))
     products: tuple[Tensor, Tensor] = torch.ops.pyfeat.weighted_features(
         a,
         b,
         scale,
+        backend,
         *pairs,
         columns is not None,
         rows.lse,
@@ -219,7 +226,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     a, b, scale, row_lse, column_lse, kept = ctx.saved_tensors
-    *pairs, columns, _, itself, _ = ctx.rest
+    backend, *pairs, columns, _, itself, _ = ctx.rest
     sides = (row_lse, column_lse, row_lse, column_lse)
     given = [
         torch.zeros_like(side) if grad is None else grad
@@ -229,7 +236,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     need_b = need_b and not itself
     needs = need_a, need_b, need_scale
     grad_a, grad_b, grad_scale = _pair_sums_backward(
-        a, b, scale, *pairs, columns, row_lse, column_lse, *given, itself, *needs, kept
+        *(a, b, scale, backend, *pairs, columns),
+        *(row_lse, column_lse, *given, itself, *needs, kept),
     )
     return (
         grad_a if need_a else None,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfeat._capture import is_capturing, zero_if
 from pyfeat._pairs import Pairs, WeightedSide
 
 # Rows and columns of a block: 8 MiB in float64, where products run at full speed.
@@ -154,7 +155,7 @@ def sums(
     Raises:
         ValueError: If similarities could overflow.
     """
-    check_range("pair_sums", a, b, scale)
+    scale = scale_in_range("pair_sums", a, b, scale)
     counts = (b.shape[0] if columns else 0, a.shape[0])  # by dim
     lse = [a.new_full((count,), -math.inf, dtype=torch.float64) for count in counts]
     positives = [torch.zeros_like(x) for x in lse]
@@ -210,16 +211,23 @@ def gradients(
     return (grad_a * scale).to(a.dtype), (grad_b * scale).to(b.dtype), grad_scale
 
 
-def check_range(op: str, a: Tensor, b: Tensor, scale: Tensor) -> None:
-    """Raise if similarities could overflow."""
+def scale_in_range(op: str, a: Tensor, b: Tensor, scale: Tensor, *, least: float = 0.0) -> Tensor:
+    """The scale; if similarities could overflow, with it or with ``least``, NaN in a captured graph.
+
+    Raises:
+        ValueError: If they could, elsewhere.
+    """
     if a.numel() == 0 or b.numel() == 0:
-        return
+        return scale
     lengths = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).amax() for x in (a, b)]
-    largest = float(scale.double().abs() * lengths[0] * lengths[1])
+    largest = scale.double().abs().clamp_min(least) * lengths[0] * lengths[1]
     limit = 1e300 if a.dtype == torch.float64 else 1e36
-    if not largest <= limit:
+    if is_capturing(a):
+        return scale + zero_if(largest <= limit, scale)
+    if not float(largest) <= limit:
         message = (
             f"{op}: scale |a| |b| must be at most {limit:.0e} for the longest rows, "
-            f"got {largest:.3g}"
+            f"got {float(largest):.3g}"
         )
         raise ValueError(message)
+    return scale

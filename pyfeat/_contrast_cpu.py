@@ -57,7 +57,9 @@ def _reused(size: int) -> Tensor:
     return torch.frombuffer(_C.ReusedFloats(size), dtype=torch.float32)
 
 
-def forward(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def forward(
+    a: Tensor, b: Tensor, scale: Tensor, backend: str, *arguments: Any
+) -> tuple[Tensor, ...]:
     *pairs, columns, largest, itself, kept_bytes = arguments
     if a.dtype == torch.float64:
         sums = _contrast_blocks.sums(a, b, scale, Pairs(*pairs), columns=columns, largest=largest)
@@ -142,7 +144,9 @@ def scale_gradient(a: Tensor, grad_a: Tensor, scale: Tensor) -> Tensor:
     return gradient.to(scale.dtype)
 
 
-def backward(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    a: Tensor, b: Tensor, scale: Tensor, backend: str, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     *pairs, columns, row_lse, column_lse = arguments[:-9]
     grads, (itself, need_a, need_b, need_scale, kept) = arguments[-9:-5], arguments[-5:]
     need_a = need_a or not need_b
@@ -175,12 +179,14 @@ def backward(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tens
     return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_scale
 
 
-def weighted(a: Tensor, b: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def weighted(
+    a: Tensor, b: Tensor, scale: Tensor, backend: str, *arguments: Any
+) -> tuple[Tensor, Tensor]:
     *pairs, columns = arguments[:-10]
     row_lse, column_lse, *weights = arguments[-10:-4]
     a_values, b_values, *needs = arguments[-4:]
     sides = row_lse, column_lse, *(x.double() for x in weights)
-    if a.dtype == torch.float64:
+    if a.dtype == torch.float64 or backend == "reference":
         return _contrast_blocks.products(
             a, b, scale, Pairs(*pairs), sides_by_dim(columns, *sides), a_values, b_values
         )

@@ -140,8 +140,8 @@ def _means(pairs: Iterator[tuple[Block, Tensor, Tensor]], sides: Sides) -> dict[
 def keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the inputs of ``pyfeat::pair_sums_backward``."""
     # The last, similarities that were kept, are as large as a budget allows and are not used here.
-    *constants, ctx.itself, _, _, _, _ = inputs
-    keep(ctx, constants)
+    a, b, scale, _, *constants, ctx.itself, _, _, _, _ = inputs
+    keep(ctx, [a, b, scale, *constants])
 
 
 def second(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,7 +154,7 @@ def second(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.itself:
         grad_a, grad_b = grad_a + grad_b, None
     constants = [None] * (len(inputs) - 2 - len(gradients))
-    return (grad_a, grad_b, gradients[0], *constants, *gradients[1:], *[None] * 5)
+    return (grad_a, grad_b, gradients[0], None, *constants, *gradients[1:], *[None] * 5)
 
 
 def keep(ctx: Any, inputs: Sequence[Tensor | bool | None]) -> None:

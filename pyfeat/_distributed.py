@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfeat._backends import Backend
 from pyfeat._contrast_cpu import scale_gradient
 from pyfeat._pairs import Pairs, PairSums
 from pyfeat._ranks import Columns, Merge, Ranks, gathered, over_all_columns
@@ -26,6 +27,7 @@ def distributed_pair_sums(
     columns: bool,
     ranks: Ranks,
     largest: bool = False,
+    backend: Backend = "cpu",
 ) -> PairSums:
     """``pair_sums`` of own rows over the columns of all ranks, and of own columns over all rows.
 
@@ -41,22 +43,30 @@ def distributed_pair_sums(
         columns: Whether sums over columns are wanted.
         ranks: Sizes on all ranks.
         largest: Whether the largest of every row is wanted.
+        backend: Which was chosen for the features, not the reference.
 
     Raises:
         RuntimeError: If a gradient is differentiated again.
     """
-    arguments = a, b, scale, pairs, columns, largest, ranks
+    arguments = a, b, scale, pairs, columns, largest, ranks, backend
     return PairSums(*_DistributedPairSums.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
 def distributed_pair_softplus(
-    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, *, ranks: Ranks
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pairs: Pairs,
+    *,
+    ranks: Ranks,
+    backend: Backend = "cpu",
 ) -> Tensor:
     """``pair_softplus`` of own rows over the columns of all ranks; else as ``distributed_pair_sums``.
 
     The gradient by the bias is a part as well.
     """
-    arguments = a, b, scale, bias, pairs, torch.is_grad_enabled(), ranks
+    arguments = a, b, scale, bias, pairs, torch.is_grad_enabled(), ranks, backend
     sums: Tensor = _DistributedPairSoftplus.apply(*arguments)  # type: ignore[no-untyped-call]
     return sums
 
@@ -107,6 +117,7 @@ class _DistributedPairSums(torch.autograd.Function):
         columns: bool,
         largest: bool,
         ranks: Ranks,
+        backend: str,
     ) -> tuple[Tensor, ...]:
         row_lse = a.new_full((a.shape[0],), -torch.inf, dtype=torch.float64)
         row_positives = torch.zeros_like(row_lse)
@@ -114,7 +125,8 @@ class _DistributedPairSums(torch.autograd.Function):
 
         def step(block: Columns) -> list[Tensor]:
             nonlocal row_lse, row_positives, row_largest
-            sums = _sums(a, block["b"], scale, _with_columns(pairs, block), columns, largest)
+            others = _with_columns(pairs, block)
+            sums = _sums(a, block["b"], scale, backend, others, columns, largest)
             row_lse = torch.logaddexp(row_lse, sums.row_lse)
             row_positives = row_positives + sums.row_positives
             row_largest = torch.maximum(row_largest, sums.row_largest)
@@ -126,14 +138,14 @@ class _DistributedPairSums(torch.autograd.Function):
         column_lse, column_positives = over_all_columns(ranks, own, step, merges) or none
         ctx.mark_non_differentiable(row_largest)
         ctx.save_for_backward(a, b, scale, row_lse, column_lse)
-        ctx.rest = pairs, columns, ranks
+        ctx.rest = pairs, columns, ranks, backend
         return row_lse, column_lse, row_positives, column_positives, row_largest
 
     @staticmethod
     @_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, row_lse, column_lse = ctx.saved_tensors
-        pairs, columns, ranks = ctx.rest
+        pairs, columns, ranks, backend = ctx.rest
         need_a, need_b = ctx.needs_input_grad[:2]
         need_a = need_a or not need_b  # that of the scale is had from one of both
         grad_a = _zeros_for_sum(a)
@@ -147,6 +159,7 @@ class _DistributedPairSums(torch.autograd.Function):
                 a,
                 block["b"],
                 scale,
+                backend,
                 _with_columns(pairs, block),
                 columns,
                 of_rows,
@@ -164,7 +177,7 @@ class _DistributedPairSums(torch.autograd.Function):
             grad_a.to(a.dtype) if need_a else None,
             home[0].to(b.dtype) if need_b else None,
             grad_scale.to(scale.dtype),
-            *(None for _ in range(4)),
+            *(None for _ in range(5)),
         )
 
 
@@ -179,6 +192,7 @@ class _DistributedPairSoftplus(torch.autograd.Function):
         pairs: Pairs,
         wanted: bool,
         ranks: Ranks,
+        backend: str,
     ) -> Tensor:
         softplus = torch.zeros(a.shape[0], dtype=torch.float64, device=a.device)
         sigmoids = torch.zeros_like(softplus)
@@ -191,7 +205,9 @@ class _DistributedPairSoftplus(torch.autograd.Function):
         def step(block: Columns) -> list[Tensor]:
             nonlocal softplus, sigmoids
             ids = _with_columns(pairs, block)[1:6]
-            made = torch.ops.pyfeat.pair_softplus(a, block["b"], scale, bias, *ids, need_a, need_b)
+            made = torch.ops.pyfeat.pair_softplus(
+                a, block["b"], scale, bias, backend, *ids, need_a, need_b
+            )
             softplus, sigmoids = softplus + made[0], sigmoids + made[1]
             if need_a:
                 unit_a.add_(made[2])
@@ -200,14 +216,14 @@ class _DistributedPairSoftplus(torch.autograd.Function):
         home = over_all_columns(ranks, _own(b, pairs), step, ["sum"] if need_b else [])
         unit_b = home[0] if need_b else b.new_empty(0)
         ctx.save_for_backward(a, b, scale, bias, sigmoids, unit_a, unit_b)
-        ctx.rest = pairs, ranks, need_a, need_b
+        ctx.rest = pairs, ranks, backend, need_a, need_b
         return softplus
 
     @staticmethod
     @_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, bias, sigmoids, unit_a, unit_b = ctx.saved_tensors
-        _, ranks, need_a, need_b = ctx.rest
+        _, ranks, _, need_a, need_b = ctx.rest
         factor = _common_factor(grads[0], ranks)
         if factor is not None:
             by_a, by_b = factor.to(unit_a.dtype) * unit_a, factor.to(unit_b.dtype) * unit_b
@@ -223,14 +239,14 @@ class _DistributedPairSoftplus(torch.autograd.Function):
             by_b.to(b.dtype) if need_b else None,
             grad_scale,
             (grads[0] * sigmoids).sum().to(bias.dtype),
-            *(None for _ in range(3)),
+            *(None for _ in range(4)),
         )
 
 
 def _softplus_gradients(ctx: Any, grad_softplus: Tensor) -> tuple[Tensor, Tensor]:
     """By a and b, for rows of any weights."""
     a, b, scale, bias, sigmoids, *_ = ctx.saved_tensors
-    pairs, ranks, need_a, need_b = ctx.rest
+    pairs, ranks, backend, need_a, need_b = ctx.rest
     by_a = _zeros_for_sum(a)
     no_unit = a.new_empty(0, a.shape[1], dtype=torch.float32)
 
@@ -239,6 +255,7 @@ def _softplus_gradients(ctx: Any, grad_softplus: Tensor) -> tuple[Tensor, Tensor
             *_widened(a, block["b"]),
             scale,
             bias,
+            backend,
             *_with_columns(pairs, block)[1:6],
             sigmoids,
             grad_softplus,
@@ -297,10 +314,16 @@ def _with_columns(pairs: Pairs, block: Columns) -> Pairs:
 
 
 def _sums(
-    a: Tensor, b: Tensor, scale: Tensor, pairs: Pairs, columns: bool, largest: bool
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    backend: str,
+    pairs: Pairs,
+    columns: bool,
+    largest: bool,
 ) -> PairSums:
     # Neither a batch with itself, nor anything kept for the gradients.
-    *sums, _ = torch.ops.pyfeat.pair_sums(a, b, scale, *pairs, columns, largest, False, 0)
+    *sums, _ = torch.ops.pyfeat.pair_sums(a, b, scale, backend, *pairs, columns, largest, False, 0)
     return PairSums(*sums)
 
 
@@ -308,6 +331,7 @@ def _gradients(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
+    backend: str,
     pairs: Pairs,
     columns: bool,
     of_rows: Columns,
@@ -319,6 +343,7 @@ def _gradients(
     gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.pyfeat.pair_sums_backward(
         *_widened(a, b),
         scale,
+        backend,
         *pairs,
         columns,
         *(of[name] for name in names for of in (of_rows, of_columns)),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pyfeat import _C, _contrast_cuda, _contrast_second, _softplus_blocks
+from pyfeat._backends import Backend
+from pyfeat._capture import is_capturing
 from pyfeat._checks import as_matrix, with_contiguous_rows
 from pyfeat._contrast_blocks import wide_dtype
 from pyfeat._contrast_cpu import KeptPairs, scale_gradient
@@ -22,14 +24,14 @@ _IDS_SCHEMA = (
 )
 torch.library.define(
     "pyfeat::pair_softplus",
-    f"(Tensor a, Tensor b, Tensor scale, Tensor bias, {_IDS_SCHEMA}, bool gradient_a,"
-    " bool gradient_b) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor a, Tensor b, Tensor scale, Tensor bias, str backend, {_IDS_SCHEMA},"
+    " bool gradient_a, bool gradient_b) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "pyfeat::pair_softplus_backward",
-    f"(Tensor a, Tensor b, Tensor scale, Tensor bias, {_IDS_SCHEMA}, Tensor row_sigmoids,"
-    " Tensor grad_softplus, Tensor unit_a, Tensor unit_b, bool need_a, bool need_b)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor a, Tensor b, Tensor scale, Tensor bias, str backend, {_IDS_SCHEMA},"
+    " Tensor row_sigmoids, Tensor grad_softplus, Tensor unit_a, Tensor unit_b, bool need_a,"
+    " bool need_b) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "pyfeat::pair_softplus_second",
@@ -39,7 +41,9 @@ torch.library.define(
 )
 
 
-def pair_softplus(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs) -> Tensor:
+def pair_softplus(
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, *, backend: Backend = "cpu"
+) -> Tensor:
     """Row sums (L,) float64 of ``softplus(S + bias)``, of ``softplus(-S - bias)`` for positive pairs.
 
     ``S = scale * a @ b.T``; differentiable twice.
@@ -50,11 +54,13 @@ def pair_softplus(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, pairs: Pair
         scale: () float, positive.
         bias: () float.
         pairs: Constants; its column bias and how it treats log-sum-exps have no part.
+        backend: Which was chosen for the features, not the reference.
     """
     wanted = torch.is_grad_enabled()
     need_scale = scale.requires_grad and not b.requires_grad
     need_a, need_b = wanted and (a.requires_grad or need_scale), wanted and b.requires_grad
-    softplus: Tensor = _pair_softplus(a, b, scale, bias, *pairs[1:6], need_a, need_b)[0]
+    sums = _pair_softplus(a, b, scale, bias, backend, *pairs[1:6], need_a, need_b)
+    softplus: Tensor = sums[0]
     return softplus
 
 
@@ -63,6 +69,7 @@ def _run_cpu(
     b: Tensor,
     scale: Tensor,
     bias: Tensor,
+    backend: str,
     ids: tuple[Any, ...],
     weights: Tensor,
     needs: tuple[bool, bool],
@@ -94,37 +101,50 @@ def _run_cpu(
 
 
 def _run(
-    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, ids: tuple[Any, ...], *arguments: Any
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    backend: str,
+    ids: tuple[Any, ...],
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if a.dtype == torch.float64:
         return _softplus_blocks.sums(a, b, scale, bias, Pairs(None, *ids), *arguments)
     run = _contrast_cuda.softplus if a.is_cuda else _run_cpu
-    return run(a, b, scale, bias, ids, *arguments)
+    return run(a, b, scale, bias, backend, ids, *arguments)
 
 
 def _run_forward(
-    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, backend: str, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *ids, gradient_a, gradient_b = arguments
     ones = torch.ones(len(a), dtype=torch.float64, device=a.device)
-    return _run(a, b, scale, bias, tuple(ids), ones, (gradient_a, gradient_b))
+    return _run(a, b, scale, bias, backend, tuple(ids), ones, (gradient_a, gradient_b))
 
 
 def _run_backward(
-    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, *arguments: Any
+    a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, backend: str, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *ids, sigmoids, grad_softplus, unit_a, unit_b, need_a, need_b = arguments
     need_a = need_a or not need_b
     weights = grad_softplus.double()
     made = len(unit_a) == len(a) or not need_a, len(unit_b) == len(b) or not need_b
-    if all(made) and bool((weights == weights[:1]).all()):
+    if all(made) and _all_equal(weights):
         factor = weights[:1].sum()  # 0 without rows
         by_a, by_b = (unit * factor.to(unit.dtype) for unit in (unit_a, unit_b))
     else:
-        *_, by_a, by_b = _run(a, b, scale, bias, tuple(ids), weights, (need_a, need_b))
+        *_, by_a, by_b = _run(a, b, scale, bias, backend, tuple(ids), weights, (need_a, need_b))
     grad_scale = scale_gradient(*((a, by_a) if need_a else (b, by_b)), scale)
     grad_bias = (weights @ sigmoids).to(bias.dtype)
     return by_a.to(a.dtype), by_b.to(b.dtype), grad_scale, grad_bias
+
+
+def _all_equal(weights: Tensor) -> bool:
+    """Whether they are known to be; of a graph that is captured only if they are one number, expanded."""
+    if len(weights) <= 1 or weights.stride(0) == 0:
+        return True
+    return not is_capturing(weights) and bool((weights == weights[:1]).all())
 
 
 def _forward_fake(
@@ -166,7 +186,7 @@ def _second_fake(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a, b, scale, bias, *ctx.ids, _, _ = inputs
+    a, b, scale, bias, *ctx.rest, _, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(a, b, scale, bias, *output[1:])
@@ -177,20 +197,20 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     given = torch.zeros_like(sigmoids) if grads[0] is None else grads[0]
     need_a, need_b, need_scale, need_bias = ctx.needs_input_grad[:4]
     grad_a, grad_b, grad_scale, grad_bias = _pair_softplus_backward(
-        a, b, scale, bias, *ctx.ids, sigmoids, given, unit_a, unit_b, need_a, need_b
+        a, b, scale, bias, *ctx.rest, sigmoids, given, unit_a, unit_b, need_a, need_b
     )
     return (
         grad_a if need_a else None,
         grad_b if need_b else None,
         grad_scale if need_scale else None,
         grad_bias if need_bias else None,
-        *(None for _ in range(7)),
+        *(None for _ in range(8)),
     )
 
 
 def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     # Sigmoids and unit gradients are made of the others.
-    _contrast_second.keep(ctx, [*inputs[:9], inputs[10]])
+    _contrast_second.keep(ctx, [*inputs[:4], *inputs[5:10], inputs[11]])
 
 
 def _backward_twice(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
@@ -201,7 +221,7 @@ def _backward_twice(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
     )
     *gradients, of_softplus = torch.ops.pyfeat.pair_softplus_second(*inputs, *of_features, *by[2:])
     ids: list[None] = [None] * 5
-    return (*gradients, *ids, None, of_softplus, None, None, None, None)
+    return (*gradients, None, *ids, None, of_softplus, None, None, None, None)
 
 
 torch.library.register_fake("pyfeat::pair_softplus", _forward_fake)

@@ -11,7 +11,13 @@ is G_ij = g_i y_ij sigmoid(z_ij); no log-sum-exp ties pairs to others. So with A
 import torch
 from torch import Tensor
 
-from pyfeat._contrast_blocks import Block, blocks, check_range, product_dtype, without_autocast
+from pyfeat._contrast_blocks import (
+    Block,
+    blocks,
+    product_dtype,
+    scale_in_range,
+    without_autocast,
+)
 from pyfeat._contrast_second import SecondGradients
 from pyfeat._pairs import Pairs
 
@@ -32,7 +38,7 @@ def sums(
     Raises:
         ValueError: If similarities could overflow.
     """
-    check_range("pair_softplus", a, b, scale)
+    scale = scale_in_range("pair_softplus", a, b, scale)
     a, b = (x.to(product_dtype(x)) for x in (a, b))
     softplus, sigmoids = (a.new_zeros(len(a), dtype=torch.float64) for _ in range(2))
     by_a, by_b = (

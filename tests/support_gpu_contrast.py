@@ -21,4 +21,4 @@ def kernels_of(backend: str) -> Any:
 def run_with(backend: str, patch: pytest.MonkeyPatch) -> None:
     """Let the ops of a GPU take the kernels of ``backend``."""
     kernels = kernels_of(backend)
-    patch.setattr(_contrast_cuda, "_kernels", lambda: kernels)
+    patch.setattr(_contrast_cuda, "_kernels", lambda backend: kernels)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyfeat import _contrast_cuda
+from pyfeat import _contrast_cuda, _softplus
 from pyfeat._pairs import Pairs
 
 if importlib.util.find_spec("triton") is None:
@@ -115,5 +115,7 @@ class TritonOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
             torch.ops.pyfeat.pair_sums.default: _contrast_cuda.forward,
             torch.ops.pyfeat.pair_sums_backward.default: _contrast_cuda.backward,
             torch.ops.pyfeat.weighted_features.default: _contrast_cuda.weighted,
+            torch.ops.pyfeat.pair_softplus.default: _softplus._run_forward,
+            torch.ops.pyfeat.pair_softplus_backward.default: _softplus._run_backward,
         }
         return launchers.get(func, func)(*args, **(kwargs or {}))

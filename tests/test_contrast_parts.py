@@ -149,7 +149,7 @@ def test_the_ops_pass_the_checks_of_torch() -> None:
     scale = torch.tensor(3.0, requires_grad=True)
     bias = torch.tensor(-1.0, requires_grad=True)
     ids = torch.arange(9, dtype=torch.int32) % 4, torch.arange(7, dtype=torch.int32) % 4
-    arguments = (a, b, scale, bias, *ids, None, None, False, True, True)
+    arguments = (a, b, scale, bias, "cpu", *ids, None, None, False, True, True)
     torch.library.opcheck(torch.ops.pyfeat.pair_softplus.default, arguments)
     vectors = [torch.rand(n, dtype=torch.float64) for n in (9, 7, 9, 7, 9, 7)]
     pairs = Pairs(None, *ids)
@@ -159,6 +159,7 @@ def test_the_ops_pass_the_checks_of_torch() -> None:
             a.detach(),
             b.detach(),
             scale.detach(),
+            "cpu",
             *pairs,
             True,
             *vectors,

@@ -212,6 +212,7 @@ def test_log_sum_exps_of_other_pairs_are_refused() -> None:
             a,
             b,
             scale,
+            "cpu",
             *Pairs(),
             True,
             *others,
@@ -248,5 +249,5 @@ def test_the_ops_pass_the_checks_of_torch() -> None:
         arguments = second_arguments(a, b, scale, pairs, columns=columns)
         torch.library.opcheck(torch.ops.pyfeat.pair_sums_second.default, arguments)
         leaves = [x.clone().requires_grad_() for x in arguments[:3]]
-        first = (*leaves, *arguments[3:-3], False, True, True, True, None)
+        first = (*leaves, "cpu", *arguments[3:-3], False, True, True, True, None)
         torch.library.opcheck(torch.ops.pyfeat.pair_sums_backward.default, first)

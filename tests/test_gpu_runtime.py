@@ -9,10 +9,11 @@ from torch import Tensor
 
 import pyfeat
 from pyfeat._backends import BACKENDS, select_backend
-from pyfeat._cuda_ops.served import SERVED
+from pyfeat._gpu import PAIR_OPS
 from pyfeat.losses import clip_loss, siglip_loss
 from tests.support_attention import SHAPES, make_inputs
 from tests.support_gpu import (
+    GPU_BACKENDS,
     Target,
     counted_launches,
     each_gpu_target,
@@ -56,10 +57,6 @@ def call_of(op: str, backend: Any) -> Call:
     return [torch.randn(131, 40), torch.randn(131, 40)], learn
 
 
-ALL_OPS = (
-    *("knn", "deform_attn", "info_nce", "clip_loss", "siglip_loss", "supcon_loss", "nt_xent"),
-    *("sinkhorn_assignment", "swav_loss", "dino_loss", "ibot_loss"),
-)
 # Those of which one call has gradients, ids, and a softplus between them.
 OPS = ("knn", "deform_attn", "clip_loss", "siglip_loss")
 each_op = pytest.mark.parametrize("op", OPS)
@@ -75,10 +72,8 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 # Which kernels run
 
 
-@pytest.mark.parametrize(
-    ("op", "backend"),
-    [*((op, "triton") for op in ALL_OPS), *((op, "cuda") for op in ALL_OPS if op in SERVED)],
-)
+@pytest.mark.parametrize("op", ["knn", "deform_attn", *PAIR_OPS])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_only_this_machine_stands_in_the_way_of_an_op(op: str, backend: Any) -> None:
     with pytest.raises(NotImplementedError, match=f"{op}: backend '{backend}' does not") as caught:
         select_backend(op, backend, torch.zeros(2, 2))
@@ -174,7 +169,7 @@ def test_nothing_waits_for_the_device(target: Target, op: str) -> None:
 
 
 @each_gpu_target
-@pytest.mark.parametrize("op", ["knn", "deform_attn"])
+@each_op
 def test_a_graph_replays_a_call_for_other_inputs(target: Target, op: str) -> None:
     inputs, call = call_of(op, target.backend)
     moved = [target(x) for x in inputs]

@@ -162,7 +162,8 @@ def test_the_op_passes_the_checks_of_torch() -> None:
     a, b = unit(9, 6).requires_grad_(), unit(7, 6).requires_grad_()
     scale = torch.tensor(3.0, requires_grad=True)
     ids = torch.arange(9, dtype=torch.int32) % 4, torch.arange(7, dtype=torch.int32) % 4
-    arguments = (a, b, scale, None, *ids, None, None, False, True, False, True, True, False, 4096)
+    said = (None, *ids, None, None, False, True, False)
+    arguments = (a, b, scale, "cpu", *said, True, True, False, 4096)
     torch.library.opcheck(torch.ops.pyfeat.pair_sums.default, arguments)
 
 

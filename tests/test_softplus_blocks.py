@@ -163,13 +163,13 @@ def test_the_ops_pass_the_checks_of_torch() -> None:
         inputs = [x.double() if wide else x for x in (a, b, *numbers)]
         ids_and_kept = (ids(9, 4), ids(7, 4), None, None, False)
         softplus, sigmoids, *units = torch.ops.pyfeat.pair_softplus(
-            *inputs, *ids_and_kept, True, True
+            *inputs, "cpu", *ids_and_kept, True, True
         )
         grads = torch.randn_like(softplus)
         leaves = [x.clone().requires_grad_() for x in inputs]
         torch.library.opcheck(
             torch.ops.pyfeat.pair_softplus_backward.default,
-            (*leaves, *ids_and_kept, sigmoids, grads, *units, True, True),
+            (*leaves, "cpu", *ids_and_kept, sigmoids, grads, *units, True, True),
         )
         by = [torch.randn_like(x) for x in inputs]
         torch.library.opcheck(

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from pyfeat._gpu import PAIR_OPS
+
 # Obstacles of the inputs of an op, beyond those of the machine: features, k -> reasons.
 InputObstacles = Callable[[Tensor, int], list[str]]
 
@@ -26,4 +28,5 @@ def _search_obstacles(features: Tensor, k: int) -> list[str]:
 SERVED: Mapping[str, InputObstacles] = {
     "knn": _search_obstacles,
     "deform_attn": lambda value, k: [],
+    **dict.fromkeys(PAIR_OPS, lambda features, k: []),
 }

@@ -269,8 +269,8 @@ def _merge_sums_kernel(
         if IDS:
             values = tl.load(at + 2 * plane, mask=inside, other=0.0)
             positive += tl.sum(values.to(tl.float64), axis=0)
-    logarithm = (shift + tl.log2(tl.where(total > 0, total, 1.0))) * LOG_2
-    tl.store(lse + line, tl.where(total > 0, logarithm, float("-inf")), mask=live)
+    logarithm = (shift + tl.log2(tl.where(total == 0, 1.0, total))) * LOG_2
+    tl.store(lse + line, tl.where(total == 0, float("-inf"), logarithm), mask=live)
     if IDS:
         known = tl.load(positives + line, mask=live, other=0.0)
         tl.store(positives + line, known + positive * LOG_2, mask=live)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyfeat._capture import is_capturing, zero_if
 from pyfeat._checks import check_features, check_finite, dtype_name
 from pyfeat.losses._traced import confirmed, opaque, zero
 
@@ -38,6 +39,8 @@ def checked_features(op: str, *named: tuple[str, Tensor], normalize: bool) -> li
 
 @opaque(zero)
 def _check_all_finite(features: Tensor, op: str, name: str) -> Tensor:
+    if is_capturing(features):
+        return zero_if(features.isfinite().all(), features)
     check_finite(op, name, features)
     return zero(features)
 
@@ -67,7 +70,8 @@ def _checked_number(
     if not isinstance(value, Tensor):
         number = real_number(op, name, value)
         _check_range(op, name, number, positive)
-        return torch.tensor(number, dtype=torch.float64, device=features.device)
+        # Filled where it lies: a copy from here to a GPU would be waited for.
+        return torch.full((), number, dtype=torch.float64, device=features.device)
     if value.numel() != 1 or not value.is_floating_point():
         message = (
             f"{op}: {name} must be a number, got {dtype_name(value.dtype)} of {tuple(value.shape)}"
@@ -79,6 +83,9 @@ def _checked_number(
 
 @opaque(zero)
 def _check_scalar(value: Tensor, op: str, name: str, positive: bool) -> Tensor:
+    if is_capturing(value):
+        least = _LEAST if positive else -_MOST
+        return zero_if((value >= least) & (value <= _MOST), value)
     _check_range(op, name, float(value), positive)
     return zero(value)
 
@@ -117,6 +124,8 @@ def checked_bias(
 
 @opaque(zero)
 def _check_bias(bias: Tensor, op: str, name: str) -> Tensor:
+    if is_capturing(bias):
+        return zero_if(bias.isfinite().all(), bias)
     worst = bias.abs().max() if len(bias) else bias.new_zeros(())
     if not worst < math.inf:
         message = f"{op}: {name} must be finite, got {-bias[bias.abs().argmax()]}"

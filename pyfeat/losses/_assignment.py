@@ -1,11 +1,11 @@
 """Probabilities of prototypes for features, which two vectors give instead of a matrix."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyfeat._backends import Backend
 from pyfeat._contrast import Pairs, WeightedSide, weighted_features
 from pyfeat._contrast_blocks import product_dtype
 
@@ -21,6 +21,7 @@ class Assignment(NamedTuple):
     scale: Tensor  # () float64
     columns: Tensor  # (K,) float32, float64 for float64 features
     row_lse: Tensor  # (B,) float64
+    backend: Backend = "cpu"  # which was chosen for the features
 
     def mean(self, values: Tensor) -> Tensor:
         """``Q @ values``: of every row, the mean of what the prototypes stand for.
@@ -51,34 +52,43 @@ class _Mean(torch.autograd.Function):
     """``Q @ values``, (B, C); linear in values."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, *assignment: Tensor) -> Tensor:
-        ctx.save_for_backward(*assignment)
+    def forward(ctx: Any, values: Tensor, *assignment: Any) -> Tensor:
+        _keep(ctx, assignment)
         ctx.dtype = values.dtype
-        return _product(assignment, values, transposed=False)
+        return _product(Assignment(*assignment), values, transposed=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_values = _Sum.apply(grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return grad_values.to(ctx.dtype), None, None, None, None, None
+        grad_values = _Sum.apply(grad, *_kept(ctx))  # type: ignore[no-untyped-call]
+        return grad_values.to(ctx.dtype), *(None for _ in Assignment._fields)
 
 
 class _Sum(torch.autograd.Function):
     """``Q.T @ values``, (K, C); linear in values."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, *assignment: Tensor) -> Tensor:
-        ctx.save_for_backward(*assignment)
-        return _product(assignment, values, transposed=True)
+    def forward(ctx: Any, values: Tensor, *assignment: Any) -> Tensor:
+        _keep(ctx, assignment)
+        return _product(Assignment(*assignment), values, transposed=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_values = _Mean.apply(grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return grad_values, None, None, None, None, None
+        grad_values = _Mean.apply(grad, *_kept(ctx))  # type: ignore[no-untyped-call]
+        return grad_values, *(None for _ in Assignment._fields)
 
 
-def _product(assignment: Sequence[Tensor], values: Tensor, *, transposed: bool) -> Tensor:
+def _keep(ctx: Any, assignment: tuple[Any, ...]) -> None:
+    *tensors, ctx.backend = assignment
+    ctx.save_for_backward(*tensors)
+
+
+def _kept(ctx: Any) -> tuple[Any, ...]:
+    return (*ctx.saved_tensors, ctx.backend)
+
+
+def _product(assignment: Assignment, values: Tensor, *, transposed: bool) -> Tensor:
     """Q, or its transpose, times ``values``, of the dtype of products."""
-    features, prototypes, scale, columns, row_lse = assignment
+    features, prototypes, scale, columns, row_lse, backend = assignment
     dtype = product_dtype(features)
     a, b, values = features.to(dtype), prototypes.to(dtype), values.to(dtype)
     ones, zeros = torch.ones_like(row_lse), torch.zeros_like(row_lse)
@@ -94,5 +104,6 @@ def _product(assignment: Sequence[Tensor], values: Tensor, *, transposed: bool) 
         none if transposed else values,
         need_a=not transposed,
         need_b=transposed,
+        backend=backend,
     )
     return products[1] if transposed else products[0]

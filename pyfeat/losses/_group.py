@@ -86,7 +86,10 @@ class Meeting:
         return self
 
     def tell(self, a: Tensor, b: Tensor, scale: Tensor, **same: object) -> None:
-        """Rows and columns of this rank; ``same``: what else must be the same on all ranks."""
+        """Rows and columns of this rank; ``same``: what else must be the same on all ranks.
+
+        Of tensors () the numbers are.
+        """
         check_choice(self._op, "schedule", self._schedule, (None, *SCHEDULES))
         check_backend(self._op, self._group, a.device)
         self._own = _Told(
@@ -100,7 +103,7 @@ class Meeting:
                 "requires_grad of features and scale": tuple(
                     torch.is_grad_enabled() and x.requires_grad for x in (a, b, scale)
                 ),
-                **same,
+                **{name: _number(value) for name, value in same.items()},
             },
             a.shape[0],
             b.shape[0],
@@ -183,6 +186,10 @@ def meeting(
         return Meeting(op, group, schedule)
     check_choice(op, "schedule", schedule, (None, *SCHEDULES))
     return Alone()
+
+
+def _number(value: object) -> object:
+    return float(value.detach()) if isinstance(value, Tensor) else value
 
 
 def _longest(x: Tensor) -> float:

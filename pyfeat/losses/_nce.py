@@ -138,7 +138,9 @@ def info_nce(
         ValueError: If shapes disagree, a value is out of range, or a feature is NaN or infinite; or if
             arguments differ between processes that must not, or a group has no backend for such tensors.
         RuntimeError: If another process of the group has raised.
-        NotImplementedError: If no backend, or not the one asked for, supports the inputs.
+        NotImplementedError: If no backend, or not the one asked for, supports the inputs; or if ids or
+            targets that are indices are given while a CUDA graph is captured. No value is read then: what
+            would be refused for a value makes the loss NaN, in every replay.
 
     Precision: products and gradients in float32, sums of the loss in float64; everything in float64
     for float64 features; for bfloat16 ones, where the processor multiplies these faster, gradients by

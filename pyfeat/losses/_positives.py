@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfeat._capture import is_capturing
 from pyfeat._checks import dtype_name
 from pyfeat._contrast import Pairs
 from pyfeat._ranks import Ranks, all_columns
@@ -142,7 +143,7 @@ def places_of(ids: Tensor) -> Tensor:
 
 
 def check_ids(op: str, name: str, ids: Tensor, count: int, features: Tensor) -> None:
-    """Raise unless ids are (count,) int64 beside the features."""
+    """Raise unless ids are (count,) int64 beside the features, and can be read."""
     if not isinstance(ids, Tensor):
         message = f"{op}: {name} must be a tensor of int64, got {type(ids).__name__}"
         raise TypeError(message)
@@ -150,6 +151,9 @@ def check_ids(op: str, name: str, ids: Tensor, count: int, features: Tensor) -> 
         message = f"{op}: {name} must be int64, got {dtype_name(ids.dtype)}"
         raise TypeError(message)
     check_shape(op, name, ids, (count,), features)
+    if is_capturing(ids):
+        message = f"{op}: {name} must not be given while a CUDA graph is captured, got a tensor"
+        raise NotImplementedError(message)
 
 
 def count_equal(

@@ -38,19 +38,25 @@ def sums_over(
     ranks: Ranks | None = None,
 ) -> PairSums:
     """``pair_sums`` of the backend that runs, over the rows and columns of all ranks."""
+    chosen = chosen_backend(op, backend, a)
     if ranks is not None:
         return distributed_pair_sums(
-            a, b, scale, pairs, columns=columns, largest=largest, ranks=ranks
+            *(a, b, scale, pairs), columns=columns, largest=largest, ranks=ranks, backend=chosen
         )
-    if is_reference(op, backend, a):
+    if chosen == "reference":
         return PairSums(*reference.pair_sums(a, b, scale, *pairs))
-    return pair_sums(a, b, scale, pairs, columns=columns, largest=largest)
+    return pair_sums(a, b, scale, pairs, columns=columns, largest=largest, backend=chosen)
+
+
+def chosen_backend(op: str, backend: Backend | None, features: Tensor) -> Backend:
+    """The one that runs."""
+    check_choice(op, "backend", backend, (None, *BACKENDS))
+    return select_backend(op, backend, features)
 
 
 def is_reference(op: str, backend: Backend | None, features: Tensor) -> bool:
     """Whether the backend that runs is the reference."""
-    check_choice(op, "backend", backend, (None, *BACKENDS))
-    return select_backend(op, backend, features) == "reference"
+    return chosen_backend(op, backend, features) == "reference"
 
 
 def check_group(

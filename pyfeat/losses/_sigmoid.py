@@ -22,7 +22,7 @@ from pyfeat.losses._reduction import (
     Reduction,
     check_group,
     check_reduction,
-    is_reference,
+    chosen_backend,
     reduced_mean,
 )
 
@@ -87,12 +87,12 @@ def siglip_loss(
         bias = finite_number(op, "logit_bias", logit_bias, a)
         check_reduction(op, reduction)
         check_group(op, group, reduce, backend, a)
-        by_definition = is_reference(op, backend, a)
+        chosen = chosen_backend(op, backend, a)
         met.tell(
             a,
             b,
             scale,
-            logit_bias=float(bias.detach()),
+            logit_bias=bias,
             learnable_bias=bias.requires_grad,
             reduction=reduction,
             reduce=reduce,
@@ -105,9 +105,9 @@ def siglip_loss(
     else:
         pairs = Pairs(None, *places_over(*ids, ranks))
     if ranks is not None:
-        each = distributed_pair_softplus(a, b, scale, bias, pairs, ranks=ranks)
-    elif by_definition:
+        each = distributed_pair_softplus(a, b, scale, bias, pairs, ranks=ranks, backend=chosen)
+    elif chosen == "reference":
         each = reference.pair_softplus(a, b, scale, bias, *pairs[1:6])
     else:
-        each = pair_softplus(a, b, scale, bias, pairs)
+        each = pair_softplus(a, b, scale, bias, pairs, backend=chosen)
     return reduced_mean(op, [Losses(each)], reduction, a, ranks, reduce)

@@ -11,7 +11,7 @@ from pyfeat._ranks import Ranks
 from pyfeat.losses._arguments import checked_features, positive_number
 from pyfeat.losses._assignment import Assignment
 from pyfeat.losses._group import largest_over, meeting, outside_graphs, sum_over
-from pyfeat.losses._reduction import sums_over
+from pyfeat.losses._reduction import chosen_backend, sums_over
 
 # Of the scores in float64 at a time: what a core's cache holds, and on a GPU what keeps it busy.
 _CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 20, 64 << 20
@@ -204,10 +204,9 @@ def softmax_assignment(
     columns: Tensor,
     backend: Backend | None,
 ) -> Assignment:
-    sums = sums_over(
-        op, features, prototypes, scale, Pairs(columns), columns=False, backend=backend
-    )
-    return Assignment(features, prototypes, scale, columns, sums.row_lse)
+    chosen = chosen_backend(op, backend, features)
+    sums = sums_over(op, features, prototypes, scale, Pairs(columns), backend=chosen)
+    return Assignment(features, prototypes, scale, columns, sums.row_lse, chosen)
 
 
 def assignment_scale(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyfeat._backends import Backend
+from pyfeat._capture import is_capturing, zero_if
 from pyfeat._checks import dtype_name
 from pyfeat._contrast import Pairs
 from pyfeat._ranks import Ranks
@@ -49,7 +50,7 @@ def soft_losses(
         if column_bias is not None:
             bias = column_bias[:, None]
             cross = cross + (_product(spread, bias)[:, 0] if side == 0 else totals * bias[:, 0])
-        counted = totals > 0
+        counted = totals != 0  # NaN counts
         each = totals * lse.masked_fill(~counted, 0.0) - cross
         losses.append(Losses(each.where(counted, 0.0), counted))
     return losses
@@ -87,6 +88,8 @@ def checked_weights(
 
 @opaque(zero)
 def _check_weights(weights: Tensor, op: str) -> Tensor:
+    if is_capturing(weights):
+        return zero_if(((weights >= 0.0) & weights.isfinite()).all(), weights)
     if weights.numel():
         least, largest = (float(x) for x in weights.aminmax())
         if not (least >= 0.0 and largest < math.inf):

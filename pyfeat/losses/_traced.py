@@ -1,4 +1,7 @@
-"""What the losses do that depends on values: ops that torch.compile takes as they are."""
+"""What the losses do that depends on values: ops that torch.compile takes as they are.
+
+In a graph, traced or captured, nothing is raised while it runs: see ``_capture``.
+"""
 
 import functools
 from collections.abc import Callable
@@ -6,6 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from pyfeat._capture import is_capturing
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,5 +46,5 @@ def zero(values: Tensor, *arguments: object) -> Tensor:
 
 
 def confirmed(values: Tensor, zero: Tensor) -> Tensor:
-    """The values, which in a graph depend on their check, so that it is not dropped."""
-    return values + zero if torch.compiler.is_compiling() else values
+    """The values, which in a graph depend on their check: it is not dropped, or makes them NaN."""
+    return values + zero if torch.compiler.is_compiling() or is_capturing(values) else values

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMergedLines* kMergeWarps)
             all.positives += merged[i][lane].positives;
             all.largest = fmaxf(all.largest, merged[i][lane].largest);
         }
-        call.lse[line] = all.total > 0.0 ? (shift + log2(all.total)) * kLog2 : -INFINITY;
+        call.lse[line] = all.total == 0.0 ? -INFINITY : (shift + log2(all.total)) * kLog2;
         if (call.positives != nullptr) {
             call.positives[line] += all.positives * kLog2;
         }
