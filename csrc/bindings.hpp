@@ -7,11 +7,10 @@
 
 #include <cstdint>
 #include <string>
-#include <tuple>
 
 #include "cpu/isa.hpp"
 #include "cpu/threads.hpp"
-#include "params.hpp"
+#include "python_arguments.hpp"
 
 namespace pyfeat {
 
@@ -21,18 +20,6 @@ namespace py = pybind11;
 void bind_contrast(py::module_& m);
 // Deformable attention.
 void bind_sampling(py::module_& m);
-
-// address, rows, columns, row stride in elements, dtype
-using Matrix = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, Dtype>;
-inline Rows to_rows(const Matrix& matrix) {
-    const auto& [address, num_rows, dim, stride, dtype] = matrix;
-    return {reinterpret_cast<const void*>(address), dtype, num_rows, dim, stride};
-}
-
-template <typename T>
-T* to_pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 // Runs work(isa, execution) without the interpreter's lock; Ctrl-C stops it.
 template <typename Work>

@@ -21,7 +21,7 @@ void bind_forward(const PyValue& value,
                   const std::string& isa_name) {
     const DeformAttnParams params = to_params(value, sizes, levels, locations, weights);
     run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
-        deform_attn_cpu(params, pointer(output), isa, execution);
+        deform_attn_cpu(params, to_pointer<void>(output), isa, execution);
         return true;
     });
 }
@@ -53,10 +53,10 @@ void bind_second(const PyValue& value,
                  int num_threads,
                  const std::string& isa_name) {
     const DeformAttnParams params = to_params(value, sizes, levels, locations, weights);
-    const DeformAttnSecond second{pointer(std::get<0>(cotangents)),
-                                  pointer(std::get<1>(cotangents)),
-                                  pointer(std::get<2>(cotangents)),
-                                  pointer(std::get<1>(gradients))};
+    const DeformAttnSecond second{to_pointer<void>(std::get<0>(cotangents)),
+                                  to_pointer<void>(std::get<1>(cotangents)),
+                                  to_pointer<void>(std::get<2>(cotangents)),
+                                  to_pointer<void>(std::get<1>(gradients))};
     run(num_threads, isa_name, [&](Isa isa, Execution& execution) {
         deform_attn_second_cpu(
             params, second, to_gradients(upstream, std::get<0>(gradients)), isa, execution);

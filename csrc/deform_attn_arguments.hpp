@@ -9,14 +9,11 @@
 #include <vector>
 
 #include "check.hpp"
-#include "params.hpp"
+#include "python_arguments.hpp"
 
 namespace pyfeat {
 
 using Size = std::int64_t;
-inline void* pointer(std::uintptr_t address) {
-    return reinterpret_cast<void*>(address);
-}
 
 // Address, dtype, strides of B, S, H.
 using PyValue = std::tuple<std::uintptr_t, Dtype, Size, Size, Size>;
@@ -62,7 +59,7 @@ inline DeformAttnParams to_params(const PyValue& value,
             sizes[2],
             sizes[3],
             sizes[4],
-            pointer(address),
+            to_pointer<void>(address),
             dtype,
             {batch_stride, cell_stride, head_stride},
             num_dims,
@@ -72,17 +69,17 @@ inline DeformAttnParams to_params(const PyValue& value,
             align_corners,
             discrete,
             softmax,
-            pointer(std::get<0>(locations)),
+            to_pointer<void>(std::get<0>(locations)),
             {std::get<1>(locations), std::get<2>(locations), std::get<3>(locations)},
-            pointer(std::get<0>(weights)),
+            to_pointer<void>(std::get<0>(weights)),
             {std::get<1>(weights), std::get<2>(weights), std::get<3>(weights)}};
 }
 
 inline DeformAttnGradients to_gradients(std::uintptr_t upstream, const PyAddresses& gradients) {
-    return {pointer(upstream),
-            pointer(std::get<0>(gradients)),
-            pointer(std::get<1>(gradients)),
-            pointer(std::get<2>(gradients))};
+    return {to_pointer<void>(upstream),
+            to_pointer<void>(std::get<0>(gradients)),
+            to_pointer<void>(std::get<1>(gradients)),
+            to_pointer<void>(std::get<2>(gradients))};
 }
 
 }  // namespace pyfeat

@@ -6,11 +6,10 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <tuple>
 #include <utility>
 
 #include "cuda/launch.hpp"
-#include "params.hpp"
+#include "python_arguments.hpp"
 
 namespace pyfeat::cuda {
 
@@ -23,18 +22,6 @@ void bind_sampling(py::module_& m);
 using PyQueue = std::pair<int, std::uintptr_t>;
 inline Queue to_queue(const PyQueue& queue) {
     return {queue.first, reinterpret_cast<cudaStream_t>(queue.second)};
-}
-
-// address, rows, columns, row stride in elements, dtype
-using Matrix = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, Dtype>;
-inline Rows to_rows(const Matrix& matrix) {
-    const auto& [address, num_rows, dim, stride, dtype] = matrix;
-    return {reinterpret_cast<const void*>(address), dtype, num_rows, dim, stride};
-}
-
-template <typename T>
-T* to_pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
 }
 
 // Nearest neighbours.

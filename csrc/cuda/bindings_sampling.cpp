@@ -45,7 +45,7 @@ void bind_forward(const PyValue& value,
                   std::uintptr_t output,
                   const PyQueue& queue) {
     on_device(value, sizes, levels, locations, weights, queue, [&](auto& params, auto& site) {
-        gather(params, pointer(output), site);
+        gather(params, to_pointer<void>(output), site);
     });
 }
 
@@ -71,8 +71,7 @@ void bind_count_terms(const PyValue& value,
                       std::uintptr_t counts,
                       const PyQueue& queue) {
     on_device(value, sizes, levels, locations, weights, queue, [&](auto& params, auto& site) {
-        count_terms(
-            params, {part.first, part.second}, static_cast<std::int32_t*>(pointer(counts)), site);
+        count_terms(params, {part.first, part.second}, to_pointer<std::int32_t>(counts), site);
     });
 }
 
@@ -90,8 +89,8 @@ void bind_gather_terms(const PyValue& value,
     on_device(value, sizes, levels, locations, weights, queue, [&](auto& params, auto& site) {
         gather_terms(params,
                      {part.first, part.second},
-                     static_cast<std::int32_t*>(pointer(ends)),
-                     pointer(terms),
+                     to_pointer<std::int32_t>(ends),
+                     to_pointer<void>(terms),
                      to_gradients(upstream, {by_value, 0, 0}),
                      site);
     });
