@@ -187,6 +187,11 @@ def test_a_frozen_text_model_reads_each_text_once_and_to_the_same_bits(text_mode
     assert len(read) == 2
     assert not first.requires_grad
     assert not any(parameter.requires_grad for parameter in text.parameters())
+    again = PretrainedText(str(text_model))
+    again.load_state_dict({name: 2 * x for name, x in text.state_dict().items()})
+    assert not torch.equal(again.encode(["a cell"])[0], first[0])
+    again.load_state_dict(text.state_dict())
+    assert torch.equal(again.encode(["a cell"])[0], first[0])
 
 
 def _pairs(folder: Path) -> Path:

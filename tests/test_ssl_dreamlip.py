@@ -64,21 +64,25 @@ def test_with_one_text_and_no_grouping_it_is_clip() -> None:
             torch.testing.assert_close(other.grad, parameter.grad)
 
 
-def test_texts_of_one_image_never_compete(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("duplicates", ["positive", "ignore"])
+def test_texts_of_one_image_never_compete(duplicates: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = data()
-    # The second sentence of image 1 is the third of image 4: no negative of itself in no slot.
+    # In the third slot images 1 and 4 have the same text.
     drawn = [[texts[0], *texts[1].split(". ")[:3]] for texts in batch["texts"]]
     drawn[4][2] = drawn[1][2]
     rows = iter(drawn)
     monkeypatch.setattr("pyfeat.ssl.objectives.dreamlip.draw_captions", lambda *_, **__: next(rows))
-    dream = objective(batch["images"], sub_captions=3, grouping_weight=0.0)
+    options = {"sub_captions": 3, "grouping_weight": 0.0, "duplicates": duplicates}
+    dream = objective(batch["images"], **options)
     loss = dream.training_loss(batch)["loss"]
     images = unit(dream.encode_images(batch["images"]))
     expected = 0.0
     for j in range(4):
         logits = 5.0 * images @ unit(dream.encode_texts([row[j] for row in drawn])).T
         targets = torch.eye(6, dtype=torch.float64)
-        if j == 2:
+        if j == 2 and duplicates == "ignore":
+            logits[1, 4] = logits[4, 1] = -1e9
+        elif j == 2:
             targets[1, 4] = targets[4, 1] = 1.0
             targets = targets / targets.sum(1, keepdim=True)
         both = cross_entropy(targets, logits) + cross_entropy(targets, logits.T)
@@ -97,6 +101,7 @@ def test_grouped_patches_find_their_texts(
     rows = iter(drawn)
     monkeypatch.setattr("pyfeat.ssl.objectives.dreamlip.draw_captions", lambda *_, **__: next(rows))
     options = {"sub_captions": 2, "contrast_weight": 0.0, "grouping_weight": 2.0}
+    options |= {"duplicates": "ignore"}  # type: ignore[dict-item]
     dream = objective(batch["images"], grouping=grouping, detach_weights=detach, **options)
     losses = dream.training_loss(batch)
     loss = losses["loss"]
@@ -110,8 +115,7 @@ def test_grouped_patches_find_their_texts(
     if grouping == "batch":
         logits = 5.0 * groups.flatten(0, 1) @ texts.flatten(0, 1).T
         targets = torch.eye(15, dtype=torch.float64)
-        targets[10, 11] = targets[11, 10] = 1.0
-        targets = targets / targets.sum(1, keepdim=True)
+        logits[10, 11] = logits[11, 10] = -1e9
         expected = cross_entropy(targets, logits) + cross_entropy(targets, logits.T)
     else:
         parts = []
@@ -169,7 +173,7 @@ def test_the_order_of_sentences_does_not_matter(
     grouping: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch, orders = data(), (slice(None), slice(None, None, -1))
-    dream = objective(batch["images"], sub_captions=4, grouping=grouping, duplicates="negative")
+    dream = objective(batch["images"], sub_captions=4, grouping=grouping)
     losses = []
     for order in orders:
         monkeypatch.setattr(

@@ -6,18 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyfeat._backbones.body import hash_weights
 from pyfeat._extras import require
 
 # 100 MB of features of 384 numbers.
 _MOST_KEPT = 65536
+# What models that do not learn have read on the CPU, by name, length and hash of the weights.
+_READ: dict[tuple[str, int, str], dict[str, Tensor]] = {}
 
 
 class PretrainedText(nn.Module):
     """A text model of transformers, whose features are the mean of its tokens'.
 
-    One that does not learn keeps the features of texts it has read. On the CPU it reads each text
-    alone: the bits of features, and of a run that is resumed, then do not depend on what was read
-    together. Elsewhere texts are read together and nothing is kept.
+    One that does not learn reads each text alone on the CPU, and once in a process: the bits of
+    features, and of a run that is resumed, then do not depend on what was read together. Elsewhere
+    texts are read together and nothing is kept.
 
     Args:
         name: Folder, or name on the Hub, of a model with a fast tokenizer.
@@ -45,7 +48,8 @@ class PretrainedText(nn.Module):
         self.trained = trained
         self.feature_dim = int(self.model.config.hidden_size)
         self._length = min(length, int(self._tokenizer.model_max_length))
-        self._kept: dict[str, Tensor] = {}
+        self._name, self._hash = name, ""
+        self.register_load_state_dict_post_hook(_forget_hash)  # type: ignore[no-untyped-call]
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "PretrainedText":
@@ -61,15 +65,17 @@ class PretrainedText(nn.Module):
         if self.trained or self.model.device.type != "cpu":
             with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
                 return self._read(texts)
-        features = {text: self._kept.get(text) for text in texts}
-        for text, known in features.items():
-            if known is None:
-                with torch.no_grad():
-                    features[text] = self._read([text])[0]
-        self._kept.update(features)  # type: ignore[arg-type]
-        for text in list(self._kept)[: max(0, len(self._kept) - _MOST_KEPT)]:
-            del self._kept[text]
-        return torch.stack([features[text] for text in texts])  # type: ignore[misc]
+        self._hash = self._hash or hash_weights(self.model)
+        kept = _READ.setdefault((self._name, self._length, self._hash), {})
+        rows = []
+        with torch.no_grad():
+            for text in texts:
+                if text not in kept:
+                    kept[text] = self._read([text])[0]
+                rows.append(kept[text])
+        for text in list(kept)[: max(0, len(kept) - _MOST_KEPT)]:
+            del kept[text]
+        return torch.stack(rows)
 
     def _read(self, texts: Sequence[str]) -> Tensor:
         tokens = self._tokenizer(
@@ -79,3 +85,7 @@ class PretrainedText(nn.Module):
         mask = tokens["attention_mask"][..., None].to(states)
         mean: Tensor = (states * mask).sum(dim=1) / mask.sum(dim=1)
         return mean
+
+
+def _forget_hash(module: nn.Module, _: object) -> None:
+    module._hash = ""  # type: ignore[assignment]

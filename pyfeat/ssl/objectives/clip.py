@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from pyfeat.losses import CLIPLoss
+from pyfeat.losses import CLIPLoss, InfoNCELoss
 from pyfeat.ssl.networks.pretrained_text import PretrainedText
 from pyfeat.ssl.networks.text import TextEncoder, TextOptions
 from pyfeat.ssl.objectives.base import Batch, Plan
@@ -29,7 +29,8 @@ class CLIPOptions(CropOptions):
         float, "Of similarities at first; it is learned, up to 100.", Range(above=0, high=100)
     ] = 1 / 0.07
     duplicates: Annotated[
-        Literal["positive", "negative"], "What images with the very same caption are to each other."
+        Literal["positive", "ignore"],
+        "What images with the very same caption are to each other: equally right, or left out.",
     ] = "positive"
     text_width: Annotated[int, "Features of a token of text.", AT_LEAST_ONE] = 128
     text_depth: Annotated[int, "Blocks of the text encoder.", AT_LEAST_ONE] = 3
@@ -73,6 +74,7 @@ class CLIP(ViewObjective):
         for layer in (self.image_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         self.loss = CLIPLoss(options.logit_scale, normalize=True)
+        self._without_equal = InfoNCELoss(symmetric=True, normalize=True)
 
     def check_data(self, batch: Batch) -> None:
         """Raise ValueError unless each image has one caption."""
@@ -92,15 +94,35 @@ class CLIP(ViewObjective):
         texts: Sequence[str] = batch["texts"]
         (view,) = self.augment(samples_of(batch))
         images, captions = self.encode_images(view), self.encode_texts(texts)
-        loss = self.loss(images, captions, group=self.group, **self.equal_texts(texts))
+        loss = self.contrast(self.loss, images, captions, texts)
         return {"loss": loss, "logit_scale": self.loss.scale.detach()}
 
-    def equal_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the ids with which ``clip_loss`` takes equal texts for positives, if it is to."""
-        if self.options.duplicates == "negative":
-            return {}
-        ids = caption_ids(texts).to(self.loss.logit_scale.device)
-        return {"image_ids": ids, "text_ids": ids}
+    def contrast(
+        self, loss: CLIPLoss, images: Tensor, captions: Tensor, texts: Sequence[str]
+    ) -> Tensor:
+        """Compute the loss of features (N, D) of images and of their captions, equal ones by option.
+
+        Args:
+            loss: Its scale is used.
+            images: Features of images, or of what stands for them.
+            captions: Of the texts, one for each image.
+            texts: N.
+        """
+        value: Tensor
+        if self.options.duplicates == "positive":
+            # Equal texts have equal features: targets spread evenly over them give the same value.
+            value = loss(images, captions, group=self.group)
+            return value
+        ids = caption_ids(texts).to(captions.device)
+        value = self._without_equal(
+            images,
+            captions,
+            temperature=1.0 / loss.scale,
+            query_ids=ids,
+            key_ids=ids,
+            group=self.group,
+        )
+        return value
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Return the features (B, D) that are compared with those of captions, not normalised."""

@@ -134,8 +134,8 @@ class DreamLIP(CLIP):
         return self.encode_images(samples_of(batch)), texts
 
     def _contrast(self, images: Tensor, texts: Tensor, drawn: list[list[str]]) -> Tensor:
-        losses: list[Tensor] = [
-            self.loss(images, each, group=self.group, **self.equal_texts([row[j] for row in drawn]))
+        losses = [
+            self.contrast(self.loss, images, each, [row[j] for row in drawn])
             for j, each in enumerate(texts.unbind(1))
         ]
         return torch.stack(losses).mean()
@@ -150,13 +150,8 @@ class DreamLIP(CLIP):
             weights = weights.detach() if options.detach_weights else weights
             groups = grouped_patches(patches, weights)  # [B, K, D]
             if options.grouping == "batch":
-                loss: Tensor = self.grouping_loss(
-                    groups.flatten(0, 1),
-                    texts.flatten(0, 1),
-                    group=self.group,
-                    **self.equal_texts(flat),
-                )
-                return loss
+                loss = self.grouping_loss
+                return self.contrast(loss, groups.flatten(0, 1), texts.flatten(0, 1), flat)
             ids = caption_ids(flat).view(texts.shape[:2]).to(texts.device)
             return _within_images(groups, texts, ids, self.grouping_loss.scale)
 
