@@ -60,6 +60,7 @@ def test_with_one_text_and_no_grouping_it_is_clip() -> None:
     for name, parameter in clip.named_parameters():
         other = dream.get_parameter(name)
         assert (other.grad is None) == (parameter.grad is None)
+        assert (parameter.grad is None) != parameter.requires_grad
         if parameter.grad is not None:
             torch.testing.assert_close(other.grad, parameter.grad)
 

@@ -146,11 +146,26 @@ def test_the_student_sees_lost_pixels_and_the_teacher_whole_views(
         assert all(parameter.grad is not None for parameter in part.parameters())
 
 
+def test_views_are_those_of_the_code() -> None:
+    first, second = (
+        {type(step).__name__: float(step.p) for step in (*view.shape, *view.colour, *view.last)}
+        for view in sit(flip=0.25).augment.augmentations
+    )
+    assert first["RandomHorizontalFlip"] == second["RandomHorizontalFlip"] == 0.25
+    assert (first["RandomGaussianBlur"], second["RandomGaussianBlur"]) == (1.0, 0.1)
+    assert (first.get("RandomSolarize", 0.0), second["RandomSolarize"]) == (0.0, 0.2)
+    assert (first["ColorJitter"], first["RandomGrayscale"]) == (0.8, 0.2)
+
+
 def test_each_loss_may_be_left_out() -> None:
     for weight, other in (("contrast", "reconstruction"), ("reconstruction", "contrast")):
-        losses = sit(None, **{f"{other}_weight": 0.0}).training_loss(batch(4))
+        objective = sit(None, **{f"{other}_weight": 0.0})
+        losses = objective.training_loss(batch(4))
         assert set(losses) == {"loss", weight}
         assert torch.equal(losses["loss"], losses[weight])
+        losses["loss"].backward()
+        learned = {n for n, p in objective.named_parameters() if p.requires_grad}
+        assert {n for n, p in objective.named_parameters() if p.grad is not None} == learned
     with pytest.raises(ValueError, match="contrast_weight or reconstruction_weight must be above"):
         sit(contrast_weight=0.0, reconstruction_weight=0.0)
 
@@ -260,6 +275,20 @@ def test_the_error_is_that_of_lost_pixels_alone() -> None:
     mask[0, 1] = mask[1, 2, 3] = True
     expected = (filled - wanted).abs().permute(0, 2, 3, 1)[mask].mean()
     torch.testing.assert_close(masked_error(filled, wanted, mask), expected)
+
+
+def test_the_error_is_that_of_the_pixels_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reduced(count: torch.Tensor, group: object) -> None:
+        count += 30.0  # of another process
+
+    monkeypatch.setattr("torch.distributed.all_reduce", reduced)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda _: 2)
+    filled, wanted = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[0, 1] = True  # 12 values
+    found = masked_error(filled, wanted, mask, group="two")  # type: ignore[arg-type]
+    expected = 2 * (filled - wanted).abs()[0, :, 1].sum() / 42
+    torch.testing.assert_close(found, expected)
 
 
 def test_only_a_student_in_training_skips_blocks() -> None:

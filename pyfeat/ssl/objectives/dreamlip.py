@@ -88,6 +88,8 @@ class DreamLIP(CLIP):
             )
             raise ValueError(message)
         self.grouping_loss = CLIPLoss(options.logit_scale, normalize=True)
+        # Processes would wait for the gradient of what is not used.
+        self.grouping_loss.requires_grad_(options.grouping_weight > 0)
 
     def check_data(self, batch: Batch) -> None:
         """Raise ValueError unless each image has a list of captions."""

@@ -30,6 +30,7 @@ _PART = Range(above=0, below=1)
 class SiTOptions(ViewOptions):
     """Options of ``SiT``; the second view is blurred a tenth as often, and may be solarised."""
 
+    flip: Annotated[float, "Probability of a horizontal flip.", FRACTION] = 0.5
     blur: Annotated[float, "Probability of a blurred view.", FRACTION] = 1.0
     drop: Annotated[Literal["zeros", "noise", "copy"], "What lost pixels become."] = "zeros"
     drop_ratio: Annotated[float, "Share of pixels that are lost.", _PART] = 0.5
@@ -93,13 +94,18 @@ class SiT(ViewObjective):
         if not isinstance(backbone, ViT) or backbone.options.ndim != 2:
             message = f"SiT: backbone must be a ViT of images, got {type(backbone).__name__}"
             raise TypeError(message)
-        first = augmentation(options, plan)
-        second = augmentation(options, plan, blur=options.blur / 10, solarize=0.2)
+        first = augmentation(options, plan, flip=options.flip)
+        second = augmentation(
+            options, plan, flip=options.flip, blur=options.blur / 10, solarize=0.2
+        )
         super().__init__(backbone, options, plan, Views([first, second]))
         vit = backbone.options
         dims = (vit.width, options.hidden_dim, options.hidden_dim, options.out_dim)
         self.head = MLP(dims, activation=("relu", "gelu"), last_norm=True)
         self.reconstruction = PixelHead(vit.width, vit.in_channels, vit.patch_size)
+        # What a weight of 0 leaves unused: processes would wait for its gradient.
+        self.head.requires_grad_(options.contrast_weight > 0)
+        self.reconstruction.requires_grad_(options.reconstruction_weight > 0)
         self.teacher = Teacher(self._student())
         self.loss = InfoNCELoss(options.temperature, normalize=True)
         self.momentum = Schedule(options.momentum, 1.0, total=plan.total_steps)
