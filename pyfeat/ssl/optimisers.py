@@ -1,6 +1,5 @@
-"""The one place where a configuration becomes an optimiser."""
+"""The one place where a configuration becomes an optimiser and its rate."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 from pyfeat.ssl.config import Optimiser
 from pyfeat.ssl.parts.optimisers import LARS
+from pyfeat.ssl.parts.schedules import Schedule
 
 
 def make_optimiser(
@@ -46,17 +46,22 @@ def scale_weight_decay(optimiser: torch.optim.Optimizer, factor: float) -> None:
         group["weight_decay"] = first * factor
 
 
-def warm_cosine(step: int, warmup: int, total: int, final: float) -> float:
-    """Return the factor of the learning rate at a step, counted from 0.
+def learning_rate(settings: Optimiser, *, steps_per_epoch: int, total: int) -> Schedule:
+    """Return the factor of the learning rate in every step, counted from 0.
 
-    It rises to 1 over ``warmup`` steps, the first of which has ``1 / warmup``, and falls along half a
-    cosine to ``final``, which the step after the last would have.
+    It rises to 1 with the last step of the warm-up, the first of which has a share too, and falls along
+    half a cosine to ``final_lr``, which the step after the last would have. A warm-up longer than the run
+    takes all of it.
+
+    Args:
+        settings: Warm-up and final factor.
+        steps_per_epoch: Of the run, >= 1.
+        total: Steps of the run, >= 1.
 
     Examples:
-        >>> [round(warm_cosine(step, 2, 6, 0.0), 3) for step in range(7)]
-        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
+        >>> rate = learning_rate(Optimiser(warmup_epochs=2), steps_per_epoch=1, total=5)
+        >>> [round(rate(step), 3) for step in range(6)]
+        [0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+    rise = min(total, max(1, round(settings.warmup_epochs * steps_per_epoch)))
+    return Schedule(1.0, settings.final_lr, total=total + 1, warmup=rise - 1, first=1 / rise)

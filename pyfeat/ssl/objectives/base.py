@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from pyfeat.ssl.config import Optimiser
-from pyfeat.ssl.optimisers import make_optimiser, warm_cosine
+from pyfeat.ssl.optimisers import learning_rate, make_optimiser
 
 Batch = dict[str, Any]
 
@@ -184,13 +184,11 @@ class Objective(LightningModule, abc.ABC):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimiser of the plan, with a warm-up and a cosine; Lightning calls it."""
-        settings = self.plan.optimiser
-        optimiser = make_optimiser(self.named_parameters(), settings)
-        warmup = round(settings.warmup_epochs * self.plan.steps_per_epoch)
-
-        def factor(step: int) -> float:
-            return warm_cosine(step, warmup, self.plan.total_steps, settings.final_lr)
-
+        plan = self.plan
+        optimiser = make_optimiser(self.named_parameters(), plan.optimiser)
+        factor = learning_rate(
+            plan.optimiser, steps_per_epoch=plan.steps_per_epoch, total=plan.total_steps
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {
             "optimizer": optimiser,
