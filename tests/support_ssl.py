@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyfeat.losses import FeatureQueue, info_nce
+from pyfeat.ssl.checkpoints import FolderIO
 from pyfeat.ssl.config import Config, make_config
 from pyfeat.ssl.objectives.base import Batch, Objective, Plan
 from pyfeat.ssl.registry import NETWORKS, OBJECTIVES
+from pyfeat.ssl.runs import Run
 from pyfeat.ssl.training import fit
 
 NUM_IMAGES, SIDE = 40, 8
@@ -56,6 +58,7 @@ class TinyOptions:
     noise: Annotated[float, "Of the views."] = 0.1
     queue: Annotated[int, "Rows of the queue; 0 is none."] = 24
     nan_at: Annotated[int, "Step with a loss that is NaN; 0 is none."] = 0
+    nan_rank: Annotated[int, "Process that has it."] = 0
     collapse: Annotated[bool, "Make all embeddings equal."] = False
 
 
@@ -80,7 +83,8 @@ class Tiny(Objective):
         loss = info_nce(
             first, self.keys, temperature=0.2, extra_keys=extra, group=self.group
         )  # fmt: skip
-        if self.steps_done + 1 == self.options.nan_at:
+        options = self.options
+        if self.steps_done + 1 == options.nan_at and self.global_rank == options.nan_rank:
             loss = loss * torch.nan
         return {"loss": loss, "norm": first.norm()}
 
@@ -140,12 +144,14 @@ def tiny_config(images: Path, out: Path, **sections: dict[str, Any]) -> Config:
     return make_config(tiny_values(images, out, **sections))
 
 
-def start_processes(values: dict[str, Any], count: int) -> list[subprocess.Popen[str]]:
-    """Start the processes of one run, two or more, as torchrun does."""
+def start_processes(
+    runs: list[dict[str, Any]], count: int, module: str = "tests.support_ssl"
+) -> list[subprocess.Popen[str]]:
+    """Start the processes of some runs, two or more, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    values = {**values, "training": {**values["training"], "devices": count}}
+    runs = [{**run, "training": {**run["training"], "devices": count}} for run in runs]
     shared = {
         "WORLD_SIZE": count,
         "LOCAL_WORLD_SIZE": count,
@@ -159,7 +165,7 @@ def start_processes(values: dict[str, Any], count: int) -> list[subprocess.Popen
     for rank in range(count):
         own = {"RANK": rank, "LOCAL_RANK": rank, **shared}
         environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        command = [sys.executable, "-m", "tests.support_ssl", json.dumps(values)]
+        command = [sys.executable, "-m", module, json.dumps(runs)]
         started.append(
             subprocess.Popen(
                 command,
@@ -213,5 +219,34 @@ def interrupt_at(
     return training_loss
 
 
+def loaded(run: Run) -> dict[str, Any]:
+    """All that the newest checkpoint of a run holds."""
+    newest = run.checkpoint()
+    if newest is None:
+        message = f"no checkpoint in {run.folder}"
+        raise RuntimeError(message)
+    return FolderIO("any", total_steps=1).load_checkpoint(newest)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two parts of a checkpoint have the same bits."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def run_all(runs: list[dict[str, Any]]) -> None:
+    """Run one after the other; what is refused is said."""
+    for values in runs:
+        try:
+            fit(make_config(values))
+        except ValueError as error:
+            sys.stdout.write(f"{error}\n")
+
+
 if __name__ == "__main__":
-    fit(make_config(json.loads(sys.argv[1])))
+    run_all(json.loads(sys.argv[1]))

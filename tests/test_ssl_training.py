@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("lightning")
 
 from pyfeat.ssl.checkpoints import FolderIO, checkpoints_of, read_weights
+from pyfeat.ssl.config import make_config
 from pyfeat.ssl.runs import Run
 from pyfeat.ssl.training import fit
 from tests import support_ssl
-from tests.support_ssl import Tiny, start_processes, tiny_config, tiny_values, write_images
+from tests.support_ssl import Tiny, loaded, same, tiny_config, tiny_values, write_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic.*")
 
@@ -31,22 +34,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that nothing interrupts."""
     return fit(tiny_config(images, tmp_path_factory.mktemp("whole") / "run"))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
-
-
-def _loaded(run: Run) -> dict[str, Any]:
-    newest = run.checkpoint()
-    assert newest is not None
-    return FolderIO("tiny", total_steps=20).load_checkpoint(newest)
 
 
 def test_a_run_leaves_what_it_should(whole: Run) -> None:
@@ -93,9 +80,9 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
     torch.manual_seed(123)  # the state of the process must not matter
     resumed = fit(config, resume=True)
     assert resumed.finished
-    found, expected = _loaded(resumed), _loaded(whole)
+    found, expected = loaded(resumed), loaded(whole)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step"):
-        assert _same(found[key], expected[key]), key
+        assert same(found[key], expected[key]), key
     assert resumed.metrics() == whole.metrics()
     assert fit(config, resume=True).steps_done == 20  # nothing is left to do
 
@@ -118,25 +105,7 @@ def test_readers_in_other_processes_change_nothing(
     images: Path, whole: Run, tmp_path: Path
 ) -> None:
     config = tiny_config(images, tmp_path / "run", training={"workers": 1})
-    assert _same(_loaded(fit(config))["state_dict"], _loaded(whole)["state_dict"])
-
-
-def test_two_processes_train_like_one(images: Path, tmp_path: Path) -> None:
-    plain = {"network": {"dropout": 0.0}, "objective": {"noise": 0.0, "queue": 0}}
-    started = start_processes(tiny_values(images, tmp_path / "2", **plain), 2)
-    fit(tiny_config(images, tmp_path / "1", **plain))
-    for process in started:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-    one, two = (
-        [value for _, _, name, value in Run(tmp_path / f"{count}").metrics() if name == "loss"]
-        for count in (1, 2)
-    )
-    assert len(one) == 20
-    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
-    weights = [_loaded(Run(tmp_path / f"{count}"))["state_dict"] for count in (1, 2)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+    assert same(loaded(fit(config))["state_dict"], loaded(whole)["state_dict"])
 
 
 def test_a_loss_that_is_nan_names_step_and_files_and_keeps_the_last_good_checkpoint(
@@ -167,7 +136,7 @@ def test_weights_that_share_memory_are_saved(tmp_path: Path) -> None:
     weights = {"a": shared, "b": shared}
     folder = FolderIO("tiny", total_steps=1)
     folder.save_checkpoint({"state_dict": weights, "global_step": 1}, tmp_path / "step-1")
-    assert _same(folder.load_checkpoint(tmp_path / "step-1")["state_dict"], weights)
+    assert same(folder.load_checkpoint(tmp_path / "step-1")["state_dict"], weights)
 
 
 def test_a_dead_run_is_said_to_be_dead(
@@ -204,6 +173,47 @@ def test_a_run_is_not_overwritten_and_not_continued_as_another(
     with pytest.raises(ValueError, match="checkpoint must be whole"):
         fit(other, resume=True)
     assert fit(other, force=True).steps_done == 5
+
+
+def test_a_run_does_not_go_on_with_other_data(images: Path, whole: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.load(images)[:-1])
+    np.save(tmp_path / "labels.npy", np.load(images.with_name("labels.npy"))[:-1])
+    shutil.copytree(whole.folder, tmp_path / "run")
+    values = tiny_values(tmp_path / "images.npy", tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace(str(images.parent), str(tmp_path)))
+    with pytest.raises(ValueError, match=r"as many samples as those that .* on, 40, got 39$"):
+        fit(make_config(values), resume=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_off_is_named_in_one_line(
+    images: Path, tmp_path: Path, workers: int
+) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i:02d}.png")
+    values = tiny_values(images, tmp_path / "run", watch={"every": 0})
+    values["data"] = {"name": "images", "path": str(tmp_path / "images"), "size": [8, 8]}
+    values["data"]["cache_mb"] = 0
+    values["training"] |= {"workers": workers, "epochs": 2, "batch_size": 5}
+    path = tmp_path / "images" / "07.png"
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(
+        ValueError, match=r"^pyfeat train: data must be readable, got .*07.png[^\n]*$"
+    ):
+        fit(make_config(values))
+    assert not Run(tmp_path / "run").finished
+
+
+def test_the_rate_rises_in_the_warm_up_and_falls_to_its_end(whole: Run) -> None:
+    rates = [value for _, _, name, value in whole.metrics() if name == "lr"]
+    # Of the step that follows: 5 of 20 steps rise.
+    assert rates[:4] == pytest.approx([0.004, 0.006, 0.008, 0.01])
+    assert rates[4] < rates[3]
+    assert rates[11] == pytest.approx(0.005)
+    assert rates[-1] == 0.0
 
 
 @pytest.mark.parametrize(

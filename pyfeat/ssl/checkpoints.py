@@ -16,7 +16,7 @@ from pyfeat._storage import PathLike, load_tensors, replaced_folder, save_tensor
 OP = "pyfeat train"
 WEIGHTS = "weights.safetensors"
 _STATE, _MANIFEST = "state.pt", "checkpoint.json"
-_MANIFEST_KEYS = ("objective", "step", "finished", "sample_shape")
+_MANIFEST_KEYS = ("objective", "step", "finished", "sample_shape", "num_samples")
 _KIND, _VERSION = "checkpoint", 1
 
 
@@ -27,13 +27,19 @@ class FolderIO(CheckpointIO):
         objective: Name of the objective, for the manifest.
         total_steps: Of the run.
         sample_shape: Of one image or volume, for the manifest.
+        num_samples: Of the data, for the manifest.
     """
 
     def __init__(
-        self, objective: str, *, total_steps: int, sample_shape: tuple[int, ...] = ()
+        self,
+        objective: str,
+        *,
+        total_steps: int,
+        sample_shape: tuple[int, ...] = (),
+        num_samples: int = 0,
     ) -> None:
         self._objective, self._total_steps = objective, total_steps
-        self._sample_shape = sample_shape
+        self._sample_shape, self._num_samples = sample_shape, num_samples
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: PathLike, storage_options: object = None
@@ -59,6 +65,7 @@ class FolderIO(CheckpointIO):
             "step": step,
             "finished": step >= self._total_steps,
             "sample_shape": list(self._sample_shape),
+            "num_samples": self._num_samples,
         }
         with replaced_folder(OP, Path(path), marker=_MANIFEST, force=True) as folder:
             save_tensors(folder / WEIGHTS, weights, kind=_KIND, version=_VERSION, header=manifest)
@@ -97,7 +104,10 @@ def read_weights(path: PathLike) -> dict[str, Tensor]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself: ``objective``, ``step``, ``finished``, ``sample_shape``.
+    """Return what a checkpoint says of itself.
+
+    Returns:
+        ``objective``, ``step``, ``finished``, ``sample_shape`` and ``num_samples``.
 
     Raises:
         ValueError: If it is damaged.

@@ -164,11 +164,16 @@ def start_run(config: Config, *, force: bool) -> None:
     _write(folder / CONFIG, yaml.safe_dump(config_values(config), sort_keys=False))
 
 
-def continue_run(config: Config) -> Path | None:
+def continue_run(config: Config, num_samples: int) -> Path | None:
     """Return the newest checkpoint of the folder, None if there is none.
 
+    Args:
+        config: Of the run that is to go on.
+        num_samples: That the data have.
+
     Raises:
-        ValueError: If a key that the weights depend on differs from the run there; names it.
+        ValueError: If a key that the weights depend on differs from the run there, which is named, or
+            the number of samples does.
     """
     folder = Path(config.out)
     newest = Run(folder).checkpoint() if (folder / CONFIG).is_file() else None
@@ -180,9 +185,15 @@ def continue_run(config: Config) -> Path | None:
         if before.get(key) != asked.get(key) and not {key, section} & _FREE:
             message = f"{OP}: {key} must be that of the run in {folder}, {before.get(key)!r}, "
             raise ValueError(message + f"got {asked.get(key)!r}")
-    found = read_manifest(newest)["objective"]
-    if found != config.objective.name:
-        message = f"{OP}: checkpoint must be of {config.objective.name}, got {newest} of {found}"
+    manifest = read_manifest(newest)
+    if manifest["objective"] != config.objective.name:
+        message = f"{OP}: checkpoint must be of {config.objective.name}, got {newest} of "
+        raise ValueError(message + manifest["objective"])
+    if manifest["num_samples"] != num_samples:
+        message = (
+            f"{OP}: data must have as many samples as those that {newest} was trained on, "
+            f"{manifest['num_samples']}, got {num_samples}"
+        )
         raise ValueError(message)
     return newest
 

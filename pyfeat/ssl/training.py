@@ -44,7 +44,7 @@ def fit(config: Config, *, resume: bool = False, force: bool = False) -> Run:
         FileExistsError: If the folder is not empty, and neither ``resume`` nor ``force`` is given.
         FileNotFoundError: If data do not exist.
         ValueError: If data are empty or cannot be read, processes or batch do not suit them, the run
-            that is there has another configuration, or the loss is NaN or infinite
+            that is there has another configuration or other data, or the loss is NaN or infinite
             (``NonFiniteLossError``): the step and the samples of its batch are named, and the last
             good checkpoint stays.
         ImportError: If a package of the extra ``train`` is missing.
@@ -61,7 +61,7 @@ def fit(config: Config, *, resume: bool = False, force: bool = False) -> Run:
     )
     objective = make_objective(config, source)
     objective.check_data(collate([SourceDataset(source, training.seed)[0, 0]]))
-    checkpoint = continue_run(config) if resume else None
+    checkpoint = continue_run(config, len(source)) if resume else None
     if checkpoint is None:
         start_run(config, force=force or resume)
     steps_done = int(read_manifest(checkpoint)["step"]) if checkpoint is not None else 0
@@ -69,7 +69,7 @@ def fit(config: Config, *, resume: bool = False, force: bool = False) -> Run:
     if steps_done >= len(sampler):
         return Run(folder)
     keeper = RunKeeper(config, source, total_steps=len(sampler), steps_done=steps_done)
-    with _quiet_lightning(), _stopped_after_a_step(objective):
+    with _quiet_lightning(), _stopped_after_a_step(objective), _without_traceback():
         trainer = _make_trainer(config, keeper, objective.plan)
         try:
             trainer.fit(objective, datamodule=_Data(source, config), ckpt_path=checkpoint)
@@ -139,7 +139,10 @@ def _make_trainer(config: Config, keeper: RunKeeper, plan: Plan) -> Trainer:
     """The whole run is one pass of Lightning's over the batches of all epochs."""
     training = config.training
     writer = FolderIO(
-        config.objective.name, total_steps=plan.total_steps, sample_shape=plan.sample_shape
+        config.objective.name,
+        total_steps=plan.total_steps,
+        sample_shape=plan.sample_shape,
+        num_samples=plan.num_samples,
     )
     return Trainer(
         accelerator=training.accelerator,
@@ -172,6 +175,18 @@ def _quiet_lightning() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _without_traceback() -> Iterator[None]:
+    """Take from a ValueError the traceback of a reading process, which torch puts before its text."""
+    try:
+        yield
+    except ValueError as error:
+        _, found, text = str(error).rpartition("\nValueError: ")
+        if not found:
+            raise
+        raise ValueError(text.strip()) from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pyfeat.ssl.objectives.views import ViewObjective, encode, samples_of
 from pyfeat.ssl.optimisers import scale_weight_decay
 from pyfeat.ssl.options import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE
 from pyfeat.ssl.parts import MLP, Prototypes, Schedule, Teacher
+from pyfeat.ssl.parts.processes import rows_of_all_processes
 from pyfeat.ssl.registry import OBJECTIVES
 
 
@@ -114,7 +115,8 @@ class DINO(ViewObjective):
             )
             losses = {"loss": loss}
             if options.koleo_weight:
-                spread = sum(koleo(each.float()) for each in features[:2]) / 2
+                large = [rows_of_all_processes(each.float()) for each in features[:2]]
+                spread = sum(map(koleo, large)) / 2
                 losses = {"loss": loss + options.koleo_weight * spread, "dino": loss.detach()}
                 losses["koleo"] = torch.as_tensor(spread).detach()
             if not sinkhorn and self.training:

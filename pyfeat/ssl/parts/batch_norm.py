@@ -1,11 +1,11 @@
 """Batch normalisation with the statistics of all processes, on the CPU too."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+
+from pyfeat.ssl.parts.processes import sum_over_processes
 
 
 class BatchNorm(nn.modules.batchnorm._NormBase):
@@ -64,14 +64,14 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
         axes = [0, *range(2, x.ndim)]
         shape = (1, -1, *[1] * (x.ndim - 2))
         count = wide.new_tensor([x.numel() / max(1, self.num_features)])
-        sums = _Sum.apply(torch.cat([wide.sum(axes), count]))  # type: ignore[no-untyped-call]
+        sums = sum_over_processes(torch.cat([wide.sum(axes), count]))
         total = sums[-1].detach()
         if total <= 1:
             message = "BatchNorm: x must have more than one value a channel, got one in training"
             raise ValueError(message)
         mean = sums[:-1] / total
         centred = wide - mean.view(shape)
-        squares: Tensor = _Sum.apply(centred.square().sum(axes))  # type: ignore[no-untyped-call]
+        squares = sum_over_processes(centred.square().sum(axes))
         var = squares / total
         self._remember(mean.detach(), (squares / (total - 1)).detach())
         y = centred * torch.rsqrt(var + self.eps).view(shape)
@@ -87,19 +87,3 @@ class BatchNorm(nn.modules.batchnorm._NormBase):
                 running.lerp_(value.to(running.dtype), momentum)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over processes; the gradient is the sum of all theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total
