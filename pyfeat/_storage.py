@@ -111,14 +111,21 @@ def save_tensors(
     if path.is_dir():
         message = f"{kind}.save: path must be a file, got the folder {path}"
         raise IsADirectoryError(message)
-    safetensors = require("safetensors.torch", extra="bank", op=f"{kind}.save")
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"kind": kind, "version": str(version), "header": json.dumps(header)}
     metadata[_CHECKSUM] = _checksum(metadata, data)
+    write_safetensors(f"{kind}.save", path, data, metadata)
+
+
+def write_safetensors(
+    op: str, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write contiguous tensors of the CPU to a safetensors file, whole or not at all."""
+    safetensors = require("safetensors.torch", extra="bank", op=op)
     with written_aside(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
-        safetensors.save_file(data, partial, metadata=metadata)
+        safetensors.save_file(tensors, partial, metadata=metadata)
         partial.chmod(mode)  # some versions of safetensors let nobody but the owner read a file
 
 

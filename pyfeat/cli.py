@@ -1,4 +1,4 @@
-"""The command line: ``pyfeat demo``, ``fit``, ``score``, ``train`` and ``info``."""
+"""The command line: ``pyfeat demo``, ``fit``, ``score``, ``train``, ``export`` and ``info``."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -45,6 +45,13 @@ class ScoringChoice(str, Enum):
     anomalib = "anomalib"
     m3dm = "m3dm"
     anomalydino = "anomalydino"
+
+
+class Library(str, Enum):
+    """Libraries that a backbone is handed over to."""
+
+    timm = "timm"
+    transformers = "transformers"
 
 
 @app.command()
@@ -182,6 +189,23 @@ def train(
             if name in latest:
                 _say(f"{name} {latest[name]:.4g}")
         _say(f"trained {run.steps_done} steps\nwrote {run.folder}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder that 'pyfeat train' wrote.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    format: Annotated[
+        Library, typer.Option(help="Library that is to load the folder.")
+    ] = Library.transformers,
+    force: Force = False,
+) -> None:
+    """Hand a trained backbone over to timm or transformers."""
+    with _plain_errors():
+        from pyfeat import ssl
+
+        ssl.export(run, format=format.value).save(out, force=force)
+        _say(f"wrote {out}")
 
 
 @app.command()

@@ -1,11 +1,13 @@
 """The configuration of a run: what it takes, and how it refuses the rest."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 
+from pyfeat import ssl
 from pyfeat.ssl import config as module
 from pyfeat.ssl.config import Training, config_values, help_text, load_config, make_config
 from pyfeat.ssl.options import Range, keys_of, read_options, write_options
@@ -148,3 +150,19 @@ def test_a_name_is_entered_once() -> None:
     table.register("a", Options)(int)
     with pytest.raises(ValueError, match="name must be free, got 'a'"):
         table.register("a", Options)(str)
+
+
+def test_the_names_of_the_package_are_there_or_say_what_installs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("lightning")
+    assert set(ssl.__all__) <= set(dir(ssl))
+    for name in ssl.__all__:
+        assert getattr(ssl, name) is not None
+    assert ssl.make_config is make_config
+    with pytest.raises(AttributeError, match=r"'pyfeat\.ssl' has no attribute 'train'"):
+        ssl.train  # noqa: B018
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    message = r"pyfeat.ssl.fit: needs lightning.*pip install 'pyfeat-kernels\[train\]'"
+    with pytest.raises(ImportError, match=message):
+        ssl.fit  # noqa: B018

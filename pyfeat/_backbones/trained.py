@@ -30,7 +30,7 @@ class _TrainedBody(Body):
 
 def load_trained(folder: str, layers: tuple[str, ...] | None) -> Body:
     """Load the newest backbone of a run folder; None takes its default layers."""
-    from pyfeat.ssl.runs import Run
+    from pyfeat.ssl import Run
 
     run = Run(folder)
     channels, *size = run.sample_shape
