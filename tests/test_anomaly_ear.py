@@ -287,6 +287,29 @@ def test_a_model_of_a_named_backbone_is_loaded_by_its_folder_alone(tmp_path: Pat
     assert loaded.saliency.backbone.layers == ("_blocks.2",)
 
 
+def test_attention_comes_from_a_run_and_is_found_again_by_its_folder(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    from pyfeat.ssl.config import make_config
+    from pyfeat.ssl.runs import Run
+    from pyfeat.ssl.training import fit
+    from tests.support_ssl import tiny_values, write_images
+
+    values = tiny_values(write_images(tmp_path), tmp_path / "run", training={"epochs": 1})
+    sizes = {"image_size": 8, "patch_size": 4, "width": 16, "heads": 2, "depth": 1}
+    values["network"] = {"name": "vit", **sizes}
+    fit(make_config(values))
+    saliency = AttentionSaliency(f"run:{tmp_path / 'run'}", heads="max")
+    images = torch.rand(2, 3, *SIZE)
+    same = AttentionSaliency(Run(tmp_path / "run").backbone(), heads="max")
+    assert torch.equal(saliency(images), same(images))
+    assert saliency(images).shape == (2, 8, 8)
+    fitted = model(saliency).fit(good(3, seed=1))
+    fitted.save(tmp_path / "model")
+    loaded = EAR.load(tmp_path / "model")
+    pixels = good(2, seed=2)
+    assert torch.equal(loaded.score(pixels).maps, fitted.score(pixels).maps)
+
+
 def test_models_that_are_not_whole_or_have_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"EAR\.save: model must be fitted first"):
         model().save(tmp_path / "none")

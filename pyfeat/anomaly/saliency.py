@@ -86,7 +86,7 @@ class AttentionSaliency(Saliency):
         if network.options.in_channels == 1:
             images = images.mean(dim=1, keepdim=True)
         with torch.no_grad():
-            shares: Tensor = network.class_attention(images)
+            shares: Tensor = network.class_attention(images.to(network.cls_token.device)).cpu()
         return shares.mean(dim=1) if self.heads == "mean" else shares.amax(dim=1)
 
     def fingerprint(self) -> str:
