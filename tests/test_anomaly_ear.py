@@ -153,6 +153,8 @@ def test_one_image_is_learned_from_and_leaves_no_threshold() -> None:
     assert fitted.threshold is None
     assert fitted.summary.num_images == 1
     assert len(fitted.score(good(2, seed=2)).scores) == 2
+    most = model(holdout=0.9, levels=4).fit(good(2, seed=1))
+    assert (most.summary.num_images, most.summary.num_held_out) == (1, 1)
 
 
 def test_skips_are_switched_in_scoring_only(trained: EAR) -> None:
@@ -250,7 +252,7 @@ def test_a_loaded_model_is_the_same(kind: str, tmp_path: Path) -> None:
         residual="absolute",
         weighting="masked",
         excision=Excision(area=0.2, dilation=1, hint="mosaic"),
-        block="auto" if kind == "own" else 4,
+        block="auto" if kind == "own" else np.int64(4),
         seed=np.int64(3),
     ).fit(good(6, seed=1))
     fitted.save(tmp_path / "model")
@@ -361,6 +363,8 @@ def test_images_that_cannot_be_read_are_skipped_and_named() -> None:
         ("block", 0),
         ("width", 0),
         ("levels", 0),
+        ("levels", 5),
+        ("block", "big"),
         ("skips", [True]),
         ("residual", "ssim"),
         ("window", 4),
@@ -372,5 +376,5 @@ def test_images_that_cannot_be_read_are_skipped_and_named() -> None:
     ids=str,
 )
 def test_arguments_out_of_range_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"EAR: {name} must be"):
+    with pytest.raises(ValueError, match=f"EAR: {name} must "):
         EAR(Oddness(), **{"image_size": 32, "levels": 2, name: value})

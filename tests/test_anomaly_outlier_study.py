@@ -100,6 +100,8 @@ def test_features_that_are_none_are_refused() -> None:
     for bad in given:
         with pytest.raises(ValueError, match=r"compare_encoders: features must be finite, of sh"):
             compare_encoders({"bad": constant(bad)}, {"t": task()})
+        with pytest.raises(ValueError, match=r"diagnose: features must be finite, of shape"):
+            diagnose(bad, [0, 1], bad, bad)
 
 
 def test_the_diagnosis_tells_separable_sets_from_others() -> None:

@@ -216,7 +216,8 @@ def test_tensors_count_like_arrays(dtype: torch.dtype) -> None:
 def test_a_saved_estimator_is_the_same(score: Any, own_head: bool, tmp_path: Path) -> None:
     x, y = blobs(60, seed=1)
     head = nn.Linear(6, 4, bias=False) if own_head else None
-    model = FeatureOutlier(score, k=4, head=head, coreset_ratio=np.float64(0.5)).fit(x, y)
+    options: dict[str, Any] = {"k": np.int64(4), "coreset_ratio": np.float64(0.5)}
+    model = FeatureOutlier(score, head=head, **options).fit(x, y)
     model.save(tmp_path / "model.safetensors")
     loaded = FeatureOutlier.load(tmp_path / "model.safetensors")
     rows = foreign(20, seed=3)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from benchmarks.methods.proofs import Figure
 from benchmarks.methods.riad import Riad
-from pyfeat.anomaly.ear import EAR, RebuiltImage
+from pyfeat.anomaly.ear import EAR
 from pyfeat.anomaly.excision import HINTS, Excision, coverage
 from pyfeat.anomaly.metrics import image_auroc
-from pyfeat.anomaly.reconstruction import RebuildOptions, residual_maps
+from pyfeat.anomaly.reconstruction import RebuildOptions, RebuiltImage, residual_maps
 from pyfeat.anomaly.saliency import EnergySaliency, MemorySaliency, Saliency
 from pyfeat.features import load_backbone
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from pyfeat.anomaly.patchcore import AnomalyScores, ScoredImage
 from pyfeat.anomaly.reconstruction import (
     RESIDUALS,
     RebuildOptions,
+    RebuiltImage,
     ResidualName,
     residual_maps,
     smooth,
@@ -30,22 +31,6 @@ from pyfeat.anomaly.unet import UNet
 
 # Blocks that `block="auto"` chooses among, in pixels, and how much worse a cut may be rebuilt.
 _BLOCKS, _SLACK = (4, 8, 16, 32), 0.1
-
-
-@dataclass(frozen=True, eq=False)
-class RebuiltImage:
-    """One image as it was cut, rebuilt and judged, at the size of the model's input."""
-
-    name: str
-    shape: tuple[int, int]  # height and width in pixels before it was resized
-    pixels: Tensor  # (3, H, W) float32 in [0, 1]
-    mask: Tensor  # (H, W) bool, True was cut out
-    shown: Tensor  # (3, H, W) what the network saw
-    rebuilt: Tensor  # (3, H, W) what it made of that
-    plain_map: Tensor  # (H, W) smoothed residual
-    masked_map: Tensor  # (H, W) the same of what was cut out; the rest counts as rebuilt perfectly
-    plain_score: float  # highest of plain_map
-    masked_score: float  # highest of masked_map
 
 
 class EAR:
@@ -65,7 +50,7 @@ class EAR:
             blocks of 4, 8, 16 and 32 pixels by turns and takes the largest for which held-out
             normal images are rebuilt at most 10 % worse inside the cut than outside, or else 4.
         width: Channels of the U-Net's finest level.
-        levels: How often it halves the sides.
+        levels: How often it halves the sides, of which at least 2 pixels must be left.
         skips: Skip connections that are on in scoring, from the finest down; None is all. All are on
             in training; with the finer ones off, fine detail cannot be copied.
         residual: "msgms", similarity of gradients on several scales, or "absolute".
@@ -111,9 +96,14 @@ class EAR:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         for name, value, holds, expected in (
             ("image_size", image_size, len(size) == 2 and min(size) >= 16, "be at least 16 pixels"),
-            ("block", block, block in (None, "auto") or int(block) >= 1, "be 'auto' or at least 1"),
+            (
+                "block",
+                block,
+                block in (None, "auto", *range(1, max(size) + 1)),
+                "be 'auto' or pixels",
+            ),
             ("width", width, width >= 1, "be at least 1"),
-            ("levels", levels, levels >= 1, "be at least 1"),
+            ("levels", levels, 2 <= 2**levels <= min(size) // 2, "leave 2 pixels of the sides"),
             ("skips", skips, skips is None or len(skips) == levels, f"be {levels} switches"),
             ("residual", residual, residual in RESIDUALS, f"be one of {RESIDUALS}"),
             ("window", window, window >= 1 and window % 2 == 1, "be odd and positive"),
@@ -129,8 +119,8 @@ class EAR:
         self.image_size: tuple[int, int] = (size[0], size[1])
         self.chooses_block = block == "auto"
         self.excision = Excision() if excision is None else excision
-        if isinstance(block, int):
-            self.excision = replace(self.excision, block=block)
+        if block is not None and block != "auto":
+            self.excision = replace(self.excision, block=int(block))
         self.width, self.levels = width, levels
         self.skips = None if skips is None else tuple(bool(on) for on in skips)
         self.residual: ResidualName = residual
@@ -167,7 +157,7 @@ class EAR:
         began = time.perf_counter()
         pixels = self._read(images, strict)
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(self.seed))
-        count = max(1, round(self.holdout * len(pixels))) if len(pixels) > 1 else 0
+        count = min(len(pixels) - 1, max(1, round(self.holdout * len(pixels))))
         held_out, train = pixels[order[:count].sort().values], pixels[order[count:].sort().values]
         summary.num_images, summary.num_held_out = len(train), len(held_out)
         read = time.perf_counter()

@@ -61,7 +61,7 @@ class ScoreOptions:
     def neighbours(self, num_rows: int, labels: Labels | None) -> int:
         """Return k for a memory of ``num_rows``, at least 1 and below it."""
         if self.k is not None:
-            return min(self.k, num_rows)
+            return min(int(self.k), num_rows)
         classes = 1 if labels is None else len(np.unique(labels))
         root = round(math.sqrt(num_rows / classes))
         return max(1, min(root, num_rows - 1))

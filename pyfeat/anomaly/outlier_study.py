@@ -89,11 +89,12 @@ def compare_encoders(
     Source: Miyai et al., Can pre-trained networks detect familiar out-of-distribution data?, 2023,
     arXiv:2310.00847: several pre-trainings of one architecture, a linear probe on the known set.
     """
+    op = "compare_encoders"
     results = []
     for encoder_name, encode in encoders.items():
         for task_name, task in tasks.items():
-            train, test = (_features(encode(inputs)) for inputs in (task.train, task.test))
-            foreign = {name: _features(encode(each)) for name, each in task.outliers.items()}
+            train, test = (_features(encode(inputs), op) for inputs in (task.train, task.test))
+            foreign = {name: _features(encode(each), op) for name, each in task.outliers.items()}
             classes, labels = np.unique(np.asarray(task.labels), return_inverse=True)
             head = fit_head(train, labels, l2=options.get("head_l2", 1e-3))
             guesses = classes[head.logits(test).argmax(axis=1)]
@@ -190,7 +191,7 @@ def diagnose(
     Raises:
         ValueError: If an argument is not as described.
     """
-    x, known, foreign = (_features(each) for each in (train, test, outliers))
+    x, known, foreign = (_features(each, "diagnose") for each in (train, test, outliers))
     classes, codes = np.unique(np.asarray(labels), return_inverse=True)
     head = fit_head(x, codes, l2=head_l2)
     logits = head.logits(foreign)
@@ -220,11 +221,11 @@ def _guesses(x: Array, labels: Labels, l2: float, folds: int, seed: int) -> Labe
     return guesses
 
 
-def _features(values: Any) -> Array:
-    array = real_array(values, name="features", op="compare_encoders")
+def _features(values: Any, op: str) -> Array:
+    array = real_array(values, name="features", op=op)
     if array.ndim != 2 or len(array) < 2 or not np.isfinite(array).all():
         message = (
-            f"compare_encoders: features must be finite, of shape (n, D), n >= 2, "
+            f"{op}: features must be finite, of shape (n, D), n >= 2, "
             f"got {array.dtype} {array.shape}"
         )
         raise ValueError(message)

@@ -234,13 +234,13 @@ class FeatureOutlier(BaseEstimator):
             if isinstance(value, np.ndarray):
                 state[f"scorer.{name}"] = value
             else:
-                numbers[name] = value
+                numbers[name] = _plain(value)
         head = head_of(self.head, self.n_features_in_)
         if head is not None:
             state["head.weight"], state["head.bias"] = head
         parameters = {k: v for k, v in self.get_params(deep=False).items() if k != "head"}
         header = {
-            "parameters": {k: getattr(v, "item", lambda v=v: v)() for k, v in parameters.items()},
+            "parameters": {k: _plain(v) for k, v in parameters.items()},
             "scorer": numbers,
             "threshold": dataclasses.asdict(self.threshold_),
             "k": self.k_,
@@ -373,3 +373,8 @@ def _as_array(values: Any) -> Any:
     return (
         real_array(values, name="X", op="FeatureOutlier") if isinstance(values, Tensor) else values
     )
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as those of Python, which JSON knows."""
+    return value.item() if isinstance(value, np.generic) else value

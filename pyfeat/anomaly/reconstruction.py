@@ -66,6 +66,22 @@ class RebuildOptions:
                 raise ValueError(message)
 
 
+@dataclass(frozen=True, eq=False)
+class RebuiltImage:
+    """One image as it was cut, rebuilt and judged, at the size of the model's input."""
+
+    name: str
+    shape: tuple[int, int]  # height and width in pixels before it was resized
+    pixels: Tensor  # (3, H, W) float32 in [0, 1]
+    mask: Tensor  # (H, W) bool, True was cut out
+    shown: Tensor  # (3, H, W) what the network saw
+    rebuilt: Tensor  # (3, H, W) what it made of that
+    plain_map: Tensor  # (H, W) smoothed residual
+    masked_map: Tensor  # (H, W) the same of what was cut out; the rest counts as rebuilt perfectly
+    plain_score: float  # highest of plain_map
+    masked_score: float  # highest of masked_map
+
+
 def gradient_similarity(a: Tensor, b: Tensor) -> Tensor:
     """Compare the magnitudes of gradients of the mean of the channels, (B, H, W) in (0, 1].
 

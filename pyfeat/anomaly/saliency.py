@@ -167,7 +167,8 @@ class MemorySaliency(Saliency):
     def fit(self, images: Tensor) -> None:
         """See the base class."""
         height, width = images.shape[2:]
-        self.model = PatchCore(**self._options, image_size=(height, width)).fit(images.float())
+        model = PatchCore(**self._options, image_size=(height, width))
+        self.model = model.fit(image.float() for image in images)
 
     def __call__(self, images: Tensor) -> Tensor:
         """See the base class."""
