@@ -13,7 +13,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/pyfeat demo --out demo --force
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check

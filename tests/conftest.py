@@ -14,9 +14,24 @@ if importlib.util.find_spec("triton") is not None:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+# Files that take longest: processes take files in this order, and what ends last should be short.
+_LONG = (
+    "test_cuda_build",
+    "test_triton_compile",
+    "test_ssl_training",
+    "test_coexistence",
+    "test_triton_search",
+    "test_cli",
+    "test_gpu_benchmarks",
+    "test_benchmarks",
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests that need no GPU but use one where there is one, instead of the interpreter, as gpu."""
+    rank = {stem: i for i, stem in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(_LONG)))
     for item in items:
         module = item.getparent(pytest.Module)
         if module is not None and getattr(module.obj, "DEVICE", "cpu") == "cuda":

@@ -38,11 +38,14 @@ def assert_right(target: Target, loss: Callable[..., Tensor], inputs: list[Tenso
     wide = [x.double() for x in inputs]
     exact = found_by(loss, wide, lambda x: x, backend="reference")
     rounding = UNITS[inputs[0].dtype]
-    for found, true, given in zip(mine, exact, (mine[0], *inputs), strict=True):
+    # Gradients of 16 bits are sums of terms that are rounded to them, and are rounded again. Where a
+    # processor multiplies bfloat16, that of the scale is a sum of such terms too: it is not rounded
+    # itself, and the roundings of its terms cancel out for the most part.
+    coarse = target.backend == "cpu" and inputs[0].dtype == torch.bfloat16
+    limits = 0.0, 4 * rounding, 4 * rounding, rounding / 8 if coarse else 0.0
+    for found, true, given, rough in zip(mine, exact, (mine[0], *inputs), limits, strict=True):
         assert found.dtype == given.dtype
         assert found.shape == true.shape
-        # Gradients of 16 bits are sums of terms that are rounded to them, and are rounded again.
-        rough = 0.0 if true.ndim == 0 else 4 * rounding
         allowed = max(1e-5, rough) * float(true.abs().max())
         torch.testing.assert_close(found.double(), true, rtol=max(1e-5, rough), atol=allowed)
 
