@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from pyfeat.anomaly.ear import EAR
+from pyfeat.anomaly.lsfa import LSFA
 from pyfeat.anomaly.metrics import (
     PixelMetrics,
     Threshold,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EAR",
+    "LSFA",
     "AnomalyScores",
     "Dataset",
     "FeatureOutlier",

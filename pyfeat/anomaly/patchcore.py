@@ -18,6 +18,7 @@ from pyfeat.anomaly.draw import Draw
 from pyfeat.anomaly.images import ImageInput, ImageStream, NamedImage, SkippedImage, batched
 from pyfeat.anomaly.metrics import Threshold, normal_threshold
 from pyfeat.anomaly.model_files import MANIFEST, FitSummary, read_files, write_files
+from pyfeat.anomaly.patches import patches_of_maps
 from pyfeat.anomaly.scoring import SCORINGS, ScoringName
 from pyfeat.features import Backbone, load_backbone
 from pyfeat.memory import MemoryBank
@@ -305,24 +306,11 @@ class PatchCore:
         self.skipped = stream.skipped
 
     def _embed(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Patch features (B, P, D) of images, and their grid.
-
-        Every map is averaged over the neighbourhood and brought to the grid of the first.
-        """
-        maps = self.backbone(pixels)
-        side = self.neighbourhood
-        pooled = [functional.avg_pool2d(m, side, stride=1, padding=side // 2) for m in maps]
-        grid = (pooled[0].shape[2], pooled[0].shape[3])
-        pooled = [
-            m
-            if m.shape[2:] == pooled[0].shape[2:]
-            else functional.interpolate(m, size=grid, mode="bilinear", align_corners=False)
-            for m in pooled
-        ]
-        patches = torch.cat(pooled, dim=1).flatten(2).transpose(1, 2).float().cpu()  # [B, P, D]
+        """Patch features (B, P, D) of images, and their grid."""
+        patches, grid = patches_of_maps(self.backbone(pixels), self.neighbourhood)
         if SCORINGS[self.scoring].unit_length:
             patches = functional.normalize(patches, dim=-1)
-        return patches.contiguous(), grid
+        return patches, grid
 
     def _leave_one_out_threshold(
         self, bank: MemoryBank, patches: Tensor, images: Tensor
