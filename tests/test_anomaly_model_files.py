@@ -41,6 +41,9 @@ def assert_same(loaded: PatchCore, saved: PatchCore) -> None:
         "seed",
         "grid",
         "threshold",
+        "map_threshold",
+        "normal_scores",
+        "learned",
         "summary",
     ):
         assert getattr(loaded, name) == getattr(saved, name), name
@@ -212,8 +215,18 @@ BROKEN: dict[str, tuple[type[Exception], str, Callable[[Path], None]]] = {
     "no threshold": (ValueError, "whole model, got .*threshold", edited(threshold="absent")),
     "no ratio": (ValueError, "whole model, got .*coreset_ratio", edited(coreset_ratio="absent")),
     "no grid": (ValueError, "whole model, got .*IndexError", edited(grid=[])),
-    "newer": (ValueError, "format version 1 or older, got .* version 2;", edited(format_version=2)),
-    "no version": (ValueError, "version 1 or older, got .* None", edited(format_version="absent")),
+    "newer": (ValueError, "format version 2 or older, got .* version 3;", edited(format_version=3)),
+    "no version": (ValueError, "version 2 or older, got .* None", edited(format_version="absent")),
+    "no names": (ValueError, "whole model, .*FileNotFound", lambda f: (f / "images.json").unlink()),
+    "cut names": (ValueError, "whole model, got .*JSON", cut("images.json", 40)),
+    "few names": (
+        ValueError,
+        r"name all 6 images that were learned, got 1 in .*images\.json",
+        lambda folder: write(
+            folder / "images.json",
+            '{"learned": [["a", [8, 8]]], "normal_scores": {"images": [], "peaks": []}}',
+        ),
+    ),
     "no bank": (
         FileNotFoundError,
         r"MemoryBank\.load: path must be an existing file, got .*bank\.safetensors",

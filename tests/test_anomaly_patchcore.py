@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from pyfeat.anomaly.images import ImageInput
 from pyfeat.anomaly.metrics import normal_threshold
-from pyfeat.anomaly.patchcore import AnomalyScores, PatchCore
+from pyfeat.anomaly.patchcore import PatchCore
+from pyfeat.anomaly.results import AnomalyScores
 from pyfeat.anomaly.scoring import ScoringName
-from tests.support_anomaly import CELL, Images, Means, model, network, plates, scratched
+from tests.support_anomaly import CELL, Images, Means, Poisoned, model, network, plates, scratched
 
 SCORINGS: tuple[ScoringName, ...] = ("paper", "official", "anomalib", "m3dm", "anomalydino")
 
@@ -302,15 +303,6 @@ def test_a_model_must_be_fitted_first(verb: str) -> None:
     message = rf"PatchCore\.{verb}: model must be fitted first, got an empty memory bank"
     with pytest.raises(ValueError, match=message):
         getattr(model(Means()), verb)(plates(1, seed=1))
-
-
-class Poisoned(Means):
-    """NaN for images whose first pixel is black."""
-
-    def __call__(self, images: Tensor) -> list[Tensor]:
-        (cells,) = super().__call__(images)
-        cells[images[:, 0, 0, 0] == 0, :, 3, 5] = float("nan")
-        return [cells]
 
 
 def test_features_that_are_not_finite_are_refused_by_the_name_of_the_image() -> None:

@@ -13,8 +13,10 @@ from pyfeat.anomaly.metrics import (
     image_auroc,
     normal_threshold,
 )
-from pyfeat.anomaly.patchcore import AnomalyScores, PatchCore, ScoredImage
+from pyfeat.anomaly.patchcore import PatchCore
 from pyfeat.anomaly.readers import read_dataset, write_dataset
+from pyfeat.anomaly.regions import Region
+from pyfeat.anomaly.results import AnomalyScores, NearestPatch, ScoredImage
 from pyfeat.anomaly.samples import Dataset, Record, Sample
 from pyfeat.anomaly.synthesis import synthesise
 
@@ -27,9 +29,11 @@ __all__ = [
     "AnomalyScores",
     "Dataset",
     "FeatureOutlier",
+    "NearestPatch",
     "PatchCore",
     "PixelMetrics",
     "Record",
+    "Region",
     "Sample",
     "ScoredImage",
     "Threshold",

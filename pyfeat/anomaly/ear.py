@@ -1,8 +1,7 @@
 """EAR: cut out what stands out, rebuild it from a hint, and see what could not be rebuilt."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyfeat._extras import require
 from pyfeat._storage import PathLike, replaced_folder
 from pyfeat.anomaly.ear_files import MANIFEST, EARSummary, read_files, write_files
 from pyfeat.anomaly.excision import Excision
 from pyfeat.anomaly.images import ImageInput, ImageStream, SkippedImage, batched
 from pyfeat.anomaly.metrics import Threshold, normal_threshold
-from pyfeat.anomaly.patchcore import AnomalyScores, ScoredImage
+from pyfeat.anomaly.progress import progress_bar
 from pyfeat.anomaly.reconstruction import (
     RESIDUALS,
     RebuildOptions,
@@ -26,6 +24,7 @@ from pyfeat.anomaly.reconstruction import (
     smooth,
     train_to_rebuild,
 )
+from pyfeat.anomaly.results import AnomalyScores, ScoredImage
 from pyfeat.anomaly.saliency import EnergySaliency, Saliency
 from pyfeat.anomaly.unet import UNet
 
@@ -167,14 +166,15 @@ class EAR:
             network = UNet(self.width, self.levels).to(self.device)
         ready = time.perf_counter()
         summary.seconds |= {"images": read - began, "saliency": ready - read}
-        with _bar(progress, self.training.steps) as update:
+        steps = self.training.steps
+        with progress_bar(progress, op="EAR.fit", total=steps, unit="step") as update:
             summary.losses = train_to_rebuild(
                 network,
                 train,
                 self._shown_in_training,
                 self.training,
                 seed=self.seed,
-                after_step=update,
+                after_step=lambda: update(1),
             )
         summary.seconds["training"] = time.perf_counter() - ready
         self.network, self.summary, self.threshold = network, summary, None
@@ -224,11 +224,8 @@ class EAR:
         Raises:
             ValueError: If the model is not fitted.
         """
-        results = list(self.stream(images, strict=strict, progress=progress))
-        nothing = torch.empty((0, *self.image_size))
-        stacked = torch.stack([each.heat_map for each in results]) if results else nothing
-        scores = torch.tensor([result.score for result in results])
-        return AnomalyScores(scores, stacked, [result.name for result in results])
+        results = self.stream(images, strict=strict, progress=progress)
+        return AnomalyScores.of(results, self.image_size)
 
     def stream(
         self, images: ImageInput, *, strict: bool = False, progress: bool = False
@@ -256,7 +253,7 @@ class EAR:
             raise ValueError(message)
         stream = ImageStream(images, op="EAR.score", size=self.image_size, strict=strict)
         self.skipped = stream.skipped
-        with _bar(progress, stream.length, unit="img") as update:
+        with progress_bar(progress, op="EAR.score", total=stream.length) as update:
             for batch, pixels in batched(stream, self.batch_size):
                 masks, shown, rebuilt = self._rebuilt(self.network, pixels, self.excision)
                 residual = residual_maps(pixels, rebuilt, self.residual)
@@ -274,7 +271,7 @@ class EAR:
                         float(plain[i].max()),
                         float(masked[i].max()),
                     )
-                    update()
+                    update(1)
         self.skipped = stream.skipped
 
     def save(self, path: PathLike, *, force: bool = False) -> None:
@@ -377,14 +374,3 @@ class EAR:
         with torch.no_grad():
             rebuilt: Tensor = network(shown.to(self.device), self.skips).cpu()
         return masks, shown, rebuilt
-
-
-@contextmanager
-def _bar(shown: bool, total: int | None, unit: str = "step") -> Iterator[Callable[[], object]]:
-    """Yield what to call after each unit of work."""
-    if shown:
-        tqdm = require("tqdm", extra="anomaly", op="EAR")
-        with tqdm.tqdm(total=total, unit=unit) as bar:
-            yield bar.update
-    else:
-        yield lambda: None

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pyfeat._checks import check_choice
@@ -18,8 +17,9 @@ from pyfeat.anomaly.fusion import FusionKind, ScoreFusion
 from pyfeat.anomaly.images import SkippedImage
 from pyfeat.anomaly.lsfa_fit import Earlier, learn_banks, pass_on, train_adaptors
 from pyfeat.anomaly.metrics import Threshold, normal_threshold
-from pyfeat.anomaly.patchcore import AnomalyScores, ScoredImage
-from pyfeat.anomaly.sample_features import SampleBatch, SampleFeatures, Samples, bar, resized
+from pyfeat.anomaly.progress import progress_bar
+from pyfeat.anomaly.results import AnomalyScores, ScoredImage
+from pyfeat.anomaly.sample_features import SampleBatch, SampleFeatures, Samples, resized
 from pyfeat.anomaly.samples import Sample
 from pyfeat.anomaly.scoring import SCORINGS, ScoringName
 
@@ -229,13 +229,8 @@ class LSFA:
         Raises:
             ValueError: If the model is not fitted.
         """
-        results = list(self.stream(samples, strict=strict, progress=progress))
-        maps = [result.heat_map for result in results]
-        return AnomalyScores(
-            torch.tensor([result.score for result in results]),
-            torch.stack(maps) if maps else torch.empty((0, *self.image_size)),
-            [result.name for result in results],
-        )
+        results = self.stream(samples, strict=strict, progress=progress)
+        return AnomalyScores.of(results, self.image_size)
 
     def stream(
         self, samples: Samples, *, strict: bool = False, progress: bool = False
@@ -323,7 +318,7 @@ class LSFA:
         )
         self.skipped = read.skipped
         total = len(samples) if isinstance(samples, Sized) else None
-        with bar(progress, op, verb, total) as update:
+        with progress_bar(progress, op=op, total=total, unit="sample") as update:
             for batch in read(samples):
                 yield batch
                 update(len(batch.samples))

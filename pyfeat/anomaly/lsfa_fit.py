@@ -12,7 +12,7 @@ from pyfeat.anomaly.adaptors import Adaptation
 from pyfeat.anomaly.category_banks import BankOptions, CategoryBanks
 from pyfeat.anomaly.class_memories import ClassMemories
 from pyfeat.anomaly.fusion import ScoreFusion
-from pyfeat.anomaly.sample_features import bar
+from pyfeat.anomaly.progress import progress_bar
 
 _BATCH = 8  # samples that are adapted at a time
 
@@ -65,7 +65,8 @@ def train_adaptors(
     run = AdaptationRun(
         store, adaptors, options, memories=memories, first_sample=first_sample, seed=seed
     )
-    with bar(progress, "LSFA.fit", "adapt", options.epochs * len(store)) as update:
+    total = options.epochs * len(store)
+    with progress_bar(progress, op="LSFA.fit", total=total, unit="sample", label="adapt") as update:
         run.train(update)
     return run
 

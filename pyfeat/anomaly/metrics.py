@@ -23,6 +23,7 @@ from pyfeat.anomaly._values import (
     image_scores,
     labelled_scores,
 )
+from pyfeat.anomaly.regions import label_regions
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
@@ -342,8 +343,7 @@ def _ramp_areas(starts: IntArray, ends: IntArray, *, limit: float) -> npt.NDArra
 
 def _region_sizes(mask: BoolArray, *, op: str) -> npt.NDArray[np.int32]:
     """Return the size of its region for each true pixel of ``mask`` (H, W), in row order."""
-    ndimage = require("scipy.ndimage", extra="anomaly", op=op)
-    regions, _ = ndimage.label(mask, structure=np.ones((3, 3), dtype=np.int32))
+    regions = label_regions(mask, op=op)
     member = regions[mask]
     sizes: npt.NDArray[np.int32] = np.bincount(member)[member].astype(np.int32)
     return sizes

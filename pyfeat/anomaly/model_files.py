@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import operator
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +14,18 @@ import torch
 from torch import nn
 
 from pyfeat._storage import check_version
+from pyfeat.anomaly.calibration import NormalScores
 from pyfeat.anomaly.metrics import Threshold
+from pyfeat.anomaly.results import LearnedImage
 from pyfeat.features import Backbone, load_backbone
 from pyfeat.memory import MemoryBank
 
 if TYPE_CHECKING:
     from pyfeat.anomaly.patchcore import PatchCore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had neither names of images nor scores of normal ones
 MANIFEST = "patchcore.json"
-_BANK = "bank.safetensors"
+_BANK, _IMAGES = "bank.safetensors", "images.json"
 
 # Constructor arguments of PatchCore that the manifest keeps as they are.
 _SETTINGS = (
@@ -51,21 +56,35 @@ class FitSummary:
     radius: float = 0.0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Note how long a stage takes."""
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - began
+
 
 def write_files(model: "PatchCore", folder: Path) -> None:
     """Write a fitted model into an existing folder."""
     manifest = {
         "format_version": FORMAT_VERSION,
+        "kind": "PatchCore",
         "backbone": model.backbone.name,
         "layers": list(model.backbone.layers),
         "fingerprint": model.backbone.fingerprint(),
         "image_size": list(model.image_size),
         **{name: getattr(model, name) for name in _SETTINGS},
         "grid": list(model.grid),
-        "threshold": dataclasses.asdict(model.threshold) if model.threshold else None,
+        "threshold": _as_fields(model.threshold),
+        "map_threshold": _as_fields(model.map_threshold),
         "summary": dataclasses.asdict(model.summary),
     }
     model.bank.save(folder / _BANK)
+    known = {
+        "learned": model.learned,  # as [name, [height, width]]
+        "normal_scores": dataclasses.asdict(model.normal_scores),
+    }
+    (folder / _IMAGES).write_text(json.dumps(known) + "\n", encoding="utf-8")
     # Arguments may have been NumPy scalars, which JSON does not know.
     text = json.dumps(manifest, indent=2, default=operator.methodcaller("item"))
     (folder / MANIFEST).write_text(text + "\n")
@@ -93,13 +112,23 @@ def read_files(
             **{name: manifest[name] for name in _SETTINGS},
         )
         model.grid = (manifest["grid"][0], manifest["grid"][1])
-        threshold = manifest["threshold"]
-        model.threshold = Threshold(**threshold) if threshold else None
+        model.threshold = _as_threshold(manifest["threshold"])
+        model.map_threshold = _as_threshold(manifest["map_threshold"])
         model.summary = FitSummary(**manifest["summary"])
-    except (KeyError, TypeError, IndexError) as error:
+        known = json.loads((folder / _IMAGES).read_text(encoding="utf-8"))
+        model.learned = [LearnedImage(name, (h, w)) for name, (h, w) in known["learned"]]
+        model.normal_scores = NormalScores(**known["normal_scores"])
+    except (KeyError, TypeError, IndexError, OSError, ValueError) as error:
         message = f"{op}: path must hold a whole model, got {folder / MANIFEST} ({error!r})"
         raise ValueError(message) from error
     model.bank = MemoryBank.load(folder / _BANK)
+    num_learned = int(model.bank.ids[:, 0].max()) + 1
+    if max(num_learned, model.summary.num_images) > len(model.learned):
+        message = (
+            f"{op}: path must name all {max(num_learned, model.summary.num_images)} images that were "
+            f"learned, got {len(model.learned)} in {folder / _IMAGES}"
+        )
+        raise ValueError(message)
     if len(model.bank) != model.summary.num_rows:
         message = (
             f"{op}: path must hold a bank of {model.summary.num_rows} rows, got "
@@ -107,6 +136,14 @@ def read_files(
         )
         raise ValueError(message)
     return model
+
+
+def _as_fields(threshold: Threshold | None) -> dict[str, Any] | None:
+    return dataclasses.asdict(threshold) if threshold else None
+
+
+def _as_threshold(fields: dict[str, Any] | None) -> Threshold | None:
+    return Threshold(**fields) if fields else None
 
 
 def _matching_backbone(

@@ -1,49 +1,30 @@
 """PatchCore: a memory of normal patches; what is far from all of them is anomalous."""
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pyfeat._checks import check_choice
-from pyfeat._extras import require
 from pyfeat._storage import PathLike, replaced_folder
+from pyfeat.anomaly.calibration import NormalScores, leave_one_out
 from pyfeat.anomaly.draw import Draw
-from pyfeat.anomaly.images import ImageInput, ImageStream, NamedImage, SkippedImage, batched
-from pyfeat.anomaly.metrics import Threshold, normal_threshold
+from pyfeat.anomaly.images import ImageInput, ImageStream, Item, NamedImage, SkippedImage, batched
+from pyfeat.anomaly.metrics import Threshold
 from pyfeat.anomaly.model_files import MANIFEST, FitSummary, read_files, write_files
-from pyfeat.anomaly.patches import patches_of_maps
+from pyfeat.anomaly.patches import check_patches, patch_ids, patches_of_maps
+from pyfeat.anomaly.progress import progress_bar
+from pyfeat.anomaly.regions import cell_box
+from pyfeat.anomaly.results import AnomalyScores, LearnedImage, NearestPatch, ScoredImage
 from pyfeat.anomaly.scoring import SCORINGS, ScoringName
 from pyfeat.features import Backbone, load_backbone
 from pyfeat.memory import MemoryBank
 
 # Images whose scores, each without its own rows in the bank, make the threshold of `fit`.
 _CALIBRATION_IMAGES = 100
-
-
-class AnomalyScores(NamedTuple):
-    """Scores of a set of images, in their order."""
-
-    scores: Tensor  # (B,) float32, higher is more anomalous
-    maps: Tensor  # (B, H, W) float32, one value per pixel of the model's input
-    names: list[str]  # (B,), the images that were scored
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredImage:
-    """One image as it comes out of ``PatchCore.stream``."""
-
-    name: str
-    pixels: Tensor  # (3, H, W) float32 in [0, 1], at the size of the model's input
-    score: float
-    heat_map: Tensor  # (H, W) float32
-    shape: tuple[int, int]  # height and width in pixels before it was resized
 
 
 class PatchCore:
@@ -119,8 +100,11 @@ class PatchCore:
         self.seed = seed
         self.batch_size = batch_size
         self.bank = MemoryBank()  # ids are (image, row, column) of the patch
+        self.learned: list[LearnedImage] = []  # by the first number of those ids
         self.grid = (0, 0)  # patches of an image, rows and columns
-        self.threshold: Threshold | None = None
+        self.normal_scores = NormalScores()  # that the thresholds were set from
+        self.threshold: Threshold | None = None  # of image scores
+        self.map_threshold: Threshold | None = None  # of pixels: what is above is a region
         self.summary = FitSummary()
         self.skipped: list[SkippedImage] = []  # of the latest fit or score
 
@@ -129,9 +113,9 @@ class PatchCore:
     ) -> "PatchCore":
         """Learn what is normal; forgets what an earlier fit learned, unless it fails itself.
 
-        The threshold is set from the scores of up to 100 of the images, each against a bank without
-        its own patches: unseen normal images exceed it about as often as ``false_alarm_rate`` says.
-        ``calibrate`` with normal images that were not learned from gives a guarantee instead.
+        The thresholds, of image scores and of pixels, are set from up to 100 of the images, each
+        scored against a bank without its own patches: unseen normal images exceed either about as
+        often as ``false_alarm_rate`` says. ``calibrate`` with images not learned from guarantees it.
 
         Args:
             images: Normal images; see ``pyfeat.anomaly.images.ImageStream`` for what is taken.
@@ -147,47 +131,98 @@ class PatchCore:
         summary = FitSummary()
         candidates = Draw(self.candidates, self.seed)
         calibration = Draw(_CALIBRATION_IMAGES, self.seed)
-        count, grid = 0, (0, 0)
-        with _timed(summary, "features"):
+        learned: list[LearnedImage] = []
+        grid = (0, 0)
+        with summary.timed("features"):
             for batch, patches, grid in self._patches(images, "fit", strict, progress):
-                ids = _patch_ids(count, len(batch), grid)
-                candidates.add(patches.flatten(0, 1), ids)
+                count = len(learned)
+                candidates.add(patches.flatten(0, 1), patch_ids(count, len(batch), grid))
                 calibration.add(patches, torch.arange(count, count + len(batch)))
-                count += len(batch)
-        if not count:
+                learned += [LearnedImage(image.name, image.shape) for image in batch]
+        if not learned:
             raise ValueError(self._nothing_left("fit"))
-        with _timed(summary, "coreset"):
+        with summary.timed("coreset"):
             features, ids = candidates.result()
             bank = MemoryBank(features, ids=ids)
             summary.radius = bank.coreset(
                 ratio=self.coreset_ratio, seed=self.seed, progress=progress
             ).radius
-        summary.num_images, summary.num_rows = count, len(bank)
-        summary.num_patches = count * grid[0] * grid[1]
-        with _timed(summary, "threshold"):
-            threshold = self._leave_one_out_threshold(bank, *calibration.result())
-        self.bank, self.grid, self.summary, self.threshold = bank, grid, summary, threshold
+        summary.num_images, summary.num_rows = len(learned), len(bank)
+        summary.num_patches = len(learned) * grid[0] * grid[1]
+        with summary.timed("threshold"):
+            normal = leave_one_out(
+                SCORINGS[self.scoring], bank, *calibration.result(), grid=grid, size=self.image_size
+            )
+        self.bank, self.learned, self.grid, self.summary = bank, learned, grid, summary
+        self._set_thresholds(normal)
+        return self
+
+    def partial_fit(
+        self, images: ImageInput, *, strict: bool = False, progress: bool = False
+    ) -> "PatchCore":
+        """Learn further normal images without another look at the earlier ones.
+
+        The rule, image after image in their order: the image is scored, as one that the model has not
+        seen; then as many of its patches join the bank as it takes to have all within
+        ``summary.radius`` of a row, the farthest first (``MemoryBank.cover``). So one call with all
+        images and a call for each give the same model. The thresholds are set from the scores that
+        they were set from before, which a grown bank can only make too high, and the new ones.
+
+        Nothing changes if the call fails. A model that is not fitted is fitted.
+
+        Args:
+            images: As in ``fit``.
+            strict: As in ``fit``, like ``progress``.
+            progress: See above.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: As ``fit``.
+        """
+        if not len(self.bank):
+            return self.fit(images, strict=strict, progress=progress)
+        scoring, radius = SCORINGS[self.scoring], self.summary.radius
+        summary = replace(self.summary, seconds=dict(self.summary.seconds))
+        bank = MemoryBank(self.bank.features, ids=self.bank.ids)
+        normal = self.normal_scores.copy()
+        learned = list(self.learned)
+        with summary.timed("partial_fit"):
+            for batch, patches, grid in self._patches(images, "partial_fit", strict, progress):
+                for image, own in zip(batch, patches, strict=True):
+                    scores, maps = scoring.judge(own[None], bank, grid, self.image_size)
+                    normal.add(float(scores), maps[0])
+                    bank.cover(own, patch_ids(len(learned), 1, grid), radius=radius)
+                    learned.append(LearnedImage(image.name, image.shape))
+        if len(learned) == len(self.learned):
+            raise ValueError(self._nothing_left("partial_fit"))
+        summary.num_images, summary.num_rows = len(learned), len(bank)
+        summary.num_patches = len(learned) * self.grid[0] * self.grid[1]
+        self.bank, self.learned, self.summary = bank, learned, summary
+        self._set_thresholds(normal)
         return self
 
     def calibrate(
         self, images: ImageInput, *, strict: bool = False, progress: bool = False
     ) -> Threshold:
-        """Set the threshold from normal images that ``fit`` has not seen.
+        """Set the thresholds from normal images that ``fit`` has not seen.
 
         Returns:
-            The threshold, with the false-alarm rate that it guarantees for images like these; see
+            That of image scores, with the false-alarm rate that it guarantees for images like these; see
             ``pyfeat.anomaly.metrics.normal_threshold``.
 
         Raises:
             ValueError: If the model is not fitted, or no image can be read.
         """
         self._check_fitted("calibrate")
-        results = self.stream(images, strict=strict, progress=progress)
-        scores = [result.score for result in results]
-        if not scores:
+        normal = NormalScores()
+        for result in self.stream(images, strict=strict, progress=progress):
+            normal.add(result.score, result.heat_map)
+        threshold = self._set_thresholds(normal)
+        if threshold is None:
             raise ValueError(self._nothing_left("calibrate"))
-        self.threshold = normal_threshold(scores, false_alarm_rate=self.false_alarm_rate)
-        return self.threshold
+        return threshold
 
     def score(
         self, images: ImageInput, *, strict: bool = False, progress: bool = False
@@ -206,15 +241,8 @@ class PatchCore:
         Raises:
             ValueError: If the model is not fitted.
         """
-        scores: list[float] = []
-        maps: list[Tensor] = []
-        names: list[str] = []
-        for result in self.stream(images, strict=strict, progress=progress):
-            scores.append(result.score)
-            maps.append(result.heat_map)
-            names.append(result.name)
-        stacked = torch.stack(maps) if maps else torch.empty((0, *self.image_size))
-        return AnomalyScores(torch.tensor(scores), stacked, names)
+        results = self.stream(images, strict=strict, progress=progress)
+        return AnomalyScores.of(results, self.image_size)
 
     def stream(
         self, images: ImageInput, *, strict: bool = False, progress: bool = False
@@ -223,14 +251,37 @@ class PatchCore:
         self._check_fitted("score")
         scoring = SCORINGS[self.scoring]
         for batch, patches, grid in self._patches(images, "score", strict, progress):
-            found = self.bank.search(patches.flatten(0, 1))
-            distances = found.distances.view(len(batch), -1)  # [B, P]
-            indices = found.indices.view(len(batch), -1)
-            scores = scoring.image_scores(distances, indices, patches, self.bank)
-            patch_scores = scoring.patch_scores(distances).view(-1, *grid)
-            maps = scoring.pixel_maps(patch_scores, self.image_size)
+            scores, maps = scoring.judge(patches, self.bank, grid, self.image_size)
             for image, value, heat_map in zip(batch, scores.tolist(), maps, strict=True):
                 yield ScoredImage(image.name, image.pixels, value, heat_map, image.shape)
+
+    def nearest_patch(self, image: Item, row: int, column: int) -> NearestPatch:
+        """Find the normal patch in memory that the patch at a pixel is closest to.
+
+        Args:
+            image: One image, of any kind that a list of images may hold.
+            row: Of the pixel, in the image before it is resized.
+            column: See above.
+
+        Returns:
+            The training image by name and the patch in it, how far apart the features are, and the
+            patch asked about. Boxes are cells of the grid of patches; features see some way beyond.
+
+        Raises:
+            ValueError: If the model is not fitted, the image cannot be read, or the pixel is outside it.
+        """
+        self._check_fitted("nearest_patch")
+        [(batch, patches, grid)] = self._patches([image], "nearest_patch", True, False)
+        shape = batch[0].shape
+        inside = 0 <= row < shape[0] and 0 <= column < shape[1]
+        _check("row and column", inside, f"be a pixel of {shape[0]} x {shape[1]}", (row, column))
+        cell = (row * grid[0] // shape[0], column * grid[1] // shape[1])
+        at = cell[0] * grid[1] + cell[1]
+        distance, index = (part[0, 0] for part in self.bank.search(patches[0, at : at + 1]))
+        number, *found = self.bank.ids[index].tolist()
+        name, learned_shape = self.learned[number]
+        box = cell_box((found[0], found[1]), grid, learned_shape)
+        return NearestPatch(name, box, float(distance), cell_box(cell, grid, shape))
 
     def save(self, path: PathLike, *, force: bool = False) -> None:
         """Write the model to a folder; an interrupted save leaves an older one whole.
@@ -296,10 +347,10 @@ class PatchCore:
         op = f"PatchCore.{verb}"
         stream = ImageStream(images, op=op, size=self.image_size, strict=strict)
         self.skipped = stream.skipped
-        with _bar(progress, verb, stream.length) as update:
+        with progress_bar(progress, op=op, total=stream.length) as update:
             for batch, pixels in batched(stream, self.batch_size):
                 patches, grid = self._embed(pixels)
-                _check_patches(op, batch, patches)
+                check_patches(op, [image.name for image in batch], patches)
                 self.skipped = stream.skipped
                 yield batch, patches, grid
                 update(len(batch))
@@ -312,30 +363,10 @@ class PatchCore:
             patches = functional.normalize(patches, dim=-1)
         return patches, grid
 
-    def _leave_one_out_threshold(
-        self, bank: MemoryBank, patches: Tensor, images: Tensor
-    ) -> Threshold | None:
-        """Threshold from training images, each scored against the bank without its own rows.
-
-        None for a single image: there is no other to compare it with.
-
-        Args:
-            bank: Of all training images.
-            patches: (B, P, D) of the images to score.
-            images: (B,) their numbers, as in the ids of the bank.
-        """
-        scoring = SCORINGS[self.scoring]
-        scores = []
-        for image, own in zip(images, patches, strict=True):
-            others = bank.ids[:, 0] != image
-            if others.any():
-                rest = MemoryBank(bank.features[others])
-                found = rest.search(own)  # [P, 1]
-                score = scoring.image_scores(found.distances.T, found.indices.T, own[None], rest)
-                scores.append(float(score))
-        if not scores:
-            return None
-        return normal_threshold(scores, false_alarm_rate=self.false_alarm_rate)
+    def _set_thresholds(self, normal: NormalScores) -> Threshold | None:
+        self.normal_scores = normal
+        self.threshold, self.map_threshold = normal.thresholds(self.false_alarm_rate)
+        return self.threshold
 
     def _check_fitted(self, verb: str) -> None:
         if not len(self.bank):
@@ -348,37 +379,6 @@ class PatchCore:
             f"PatchCore.{verb}: images must hold at least one that can be read, "
             f"got none ({len(self.skipped)} skipped){reasons}"
         )
-
-
-def _check_patches(op: str, images: Sequence[NamedImage], patches: Tensor) -> None:
-    finite = torch.isfinite(patches).flatten(1).all(dim=1)
-    if not finite.all():
-        name = images[int(finite.int().argmin())].name
-        message = f"{op}: backbone must give finite features, got NaN or infinity for {name}"
-        raise ValueError(message)
-
-
-def _patch_ids(first_image: int, num_images: int, grid: tuple[int, int]) -> Tensor:
-    """(B h w, 3) int64: image, row and column of every patch."""
-    axes = [torch.arange(first_image, first_image + num_images), *map(torch.arange, grid)]
-    return torch.cartesian_prod(*axes)
-
-
-@contextmanager
-def _timed(summary: FitSummary, stage: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    summary.seconds[stage] = time.perf_counter() - began
-
-
-@contextmanager
-def _bar(shown: bool, verb: str, total: int | None) -> Iterator[Any]:
-    if not shown:
-        yield lambda count: None
-        return
-    tqdm = require("tqdm", extra="anomaly", op=f"PatchCore.{verb}")
-    with tqdm.tqdm(total=total, desc=verb, unit="img") as bar:
-        yield bar.update
 
 
 def _check(name: str, holds: bool, expected: str, got: object) -> None:

@@ -1,4 +1,4 @@
-"""Patches of maps: features averaged over neighbourhoods, on one grid."""
+"""Patches of maps: features averaged over neighbourhoods, on one grid; what they are called."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -58,3 +58,18 @@ def patches_of_points(values: Tensor, seen: Tensor, grid: tuple[int, int], reach
     own = cells[-1] > 0
     mean = spread[:-1] / spread[-1].where(own, 1.0)
     return (mean * own).flatten(1).T.contiguous()
+
+
+def patch_ids(first_image: int, num_images: int, grid: tuple[int, int]) -> Tensor:
+    """(B h w, 3) int64: image, row and column of every patch."""
+    axes = [torch.arange(first_image, first_image + num_images), *map(torch.arange, grid)]
+    return torch.cartesian_prod(*axes)
+
+
+def check_patches(op: str, names: Sequence[str], patches: Tensor) -> None:
+    """Refuse NaN and infinity in the patches (B, P, D) of images, by the name of the first one."""
+    finite = torch.isfinite(patches).flatten(1).all(dim=1)
+    if not finite.all():
+        name = names[int(finite.int().argmin())]
+        message = f"{op}: backbone must give finite features, got NaN or infinity for {name}"
+        raise ValueError(message)

@@ -1,15 +1,13 @@
 """Samples in, patches of all modalities out, one batch at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyfeat._extras import require
 from pyfeat.anomaly.extractors import PatchExtractor, as_patches
 from pyfeat.anomaly.images import SkippedImage
 from pyfeat.anomaly.samples import Record, Sample
@@ -136,14 +134,3 @@ def resized(colours: Tensor, size: tuple[int, int]) -> Tensor:
         colours, size, mode="bilinear", align_corners=False, antialias=True
     )
     return smooth.clamp(0, 1)
-
-
-@contextmanager
-def bar(shown: bool, op: str, what: str, total: int | None) -> Iterator[Any]:
-    """Yield what moves a progress bar by a number of samples."""
-    if not shown:
-        yield lambda count: None
-        return
-    tqdm = require("tqdm", extra="anomaly", op=op)
-    with tqdm.tqdm(total=total, desc=what, unit="sample") as shown_bar:
-        yield shown_bar.update

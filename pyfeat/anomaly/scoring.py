@@ -52,6 +52,23 @@ class Scoring:
         """Scores of patches from their euclidean distances to the nearest row; any shape."""
         return distances**self.exponent * self.factor
 
+    def judge(
+        self, patches: Tensor, bank: MemoryBank, grid: tuple[int, int], size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores (B,) and pixel maps (B, H, W) of images.
+
+        Args:
+            patches: (B, P, D) features of a grid of patches, row by row.
+            bank: The memory to search them in.
+            grid: Rows and columns of the patches.
+            size: H and W.
+        """
+        found = bank.search(patches.flatten(0, 1))
+        distances = found.distances.view(len(patches), -1)  # [B, P]
+        indices = found.indices.view(len(patches), -1)
+        scores = self.image_scores(distances, indices, patches, bank)
+        return scores, self.pixel_maps(self.patch_scores(distances).view(-1, *grid), size)
+
     def image_scores(
         self, distances: Tensor, indices: Tensor, patches: Tensor, bank: MemoryBank
     ) -> Tensor:
