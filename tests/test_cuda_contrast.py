@@ -59,10 +59,23 @@ def test_a_batch_with_itself_is_right_on_every_tile(
     torch.testing.assert_close(found[4].double(), exact, rtol=unit, atol=unit * size)
 
 
+_ROWS, _COLUMNS = torch.arange(140).int(), torch.arange(300).int()
+# Positive pairs and those that are left out lie in every group of columns, or in few of them: all others
+# are plain, but for those of rows and columns that are not there.
+SAID = {
+    "everywhere": Pairs(None, _ROWS % 7, _COLUMNS % 9),
+    "in few groups": Pairs(torch.randn(300), _ROWS, _COLUMNS, _ROWS // 3, (_COLUMNS + 70) // 3),
+    "kept": Pairs(None, _ROWS, _COLUMNS, _ROWS // 5, _COLUMNS // 5, keep_positives=True),
+    "nowhere": Pairs(torch.randn(300)),
+    "alone": Pairs(None, _ROWS, 139 - _COLUMNS % 140, only_positives=True),
+}
+
+
 @CAPABILITIES
-def test_bfloat16_is_right_on_every_tile(capability: int) -> None:
+@pytest.mark.parametrize("said", SAID)
+def test_bfloat16_is_right_on_every_tile(said: str, capability: int) -> None:
     a, b = torch.randn(140, 70).bfloat16(), torch.randn(300, 70).bfloat16()
-    pairs = Pairs(None, torch.arange(140).int() % 7, torch.arange(300).int() % 9)
+    pairs = SAID[said]
     with emulated(capability=capability):
         found = sums_and_gradients(a, b, pairs, itself=False)
     wide = a.double().requires_grad_(), b.double().requires_grad_()

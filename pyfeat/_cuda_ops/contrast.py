@@ -7,10 +7,11 @@ would round it to 10 bits.
 Cost of 65,536 x 65,536 x 768 in bfloat16, rows and columns, on an H200 (989 TFLOP/s, 4.8 TB/s,
 about 6 TB/s from its second-level cache), by arithmetic: a product of 6.6 TFLOP takes 6.7 ms at the
 peak. Two of them arise in tiles of 128 x 256, 12,288 cycles of tensor cores each. What becomes of a
-tile is about 19,000 instructions of a warp for sums and 15,000 for the gradient, as compiled, rare
-paths included: at most 38,000 and 30,000 cycles of the four schedulers, much of it what is said of
-columns. Where nothing overlaps that is 28 and 24 ms, the library's two products 19 ms at 70 % of the
-peak, parts of sums (3 GB) and sums of gradients (13 GB) 5 ms: at most 76 ms in all.
+tile is about 5,100 instructions of a warp for sums and 5,400 for the gradient, as compiled, in groups
+of columns that neither hold positive pairs nor leave any out, which nearly all are (``fragments.cuh``):
+10,700 cycles of the four schedulers at most; elsewhere it is two to three times that. Where nothing
+overlaps that is 13 ms each, the library's two products 19 ms at 70 % of the peak, parts of sums (3 GB)
+and sums of gradients (13 GB) 5 ms: at most 50 ms in all.
 """
 
 from typing import NamedTuple

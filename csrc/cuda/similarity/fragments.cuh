@@ -2,8 +2,9 @@
 // What the epilogues of the losses share: rows and columns of a thread, and sums over the threads
 // of a warp that hold the same ones.
 //
-// An epilogue takes the products of a warp four fragments at a time: a thread has 2 M rows and
-// kGroupColumns columns of those, however wide the warp's part is.
+// An epilogue takes the products of a warp four fragments at a time, a group: a thread has 2 M rows
+// and kGroupColumns columns of those, however wide the warp's part is. Most groups are plain: their
+// pairs all count and none is positive. Of these it need not ask pair by pair.
 #pragma once
 
 #include "cuda/device/power.cuh"
@@ -52,6 +53,15 @@ class PairContext {
         for (int r = 0; r < 2 * M; ++r) {
             rows_[r] = said_of_row(params_, this->row(r));
         }
+        ids_ = span_of([&](int r) { return rows_[r].id; });
+        groups_ = span_of([&](int r) { return rows_[r].group; });
+        bool live = true;
+#pragma unroll
+        for (int r = 0; r < 2 * M; ++r) {
+            live = live && rows_[r].live;
+        }
+        // Where only positive pairs have power, no group is plain.
+        may_be_plain_ = __all_sync(kWholeWarp, live) && !params_.pairs.only_positives;
     }
     __device__ std::int32_t row(int r) const {
         return first_row_ + thread_row(r, lane_);
@@ -59,29 +69,63 @@ class PairContext {
     __device__ bool is_live(int r) const {
         return rows_[r].live;
     }
+    // Whether the group that begins at `first` is plain, the same for all lanes. Each looks at one
+    // column; ids of rows are taken for all numbers between them, which batches in order are.
+    __device__ bool is_plain(std::int64_t first) const {
+        const ColumnSaid own = said_of_column(params_, static_cast<std::int32_t>(first) + lane_);
+        const bool meets = ids_.holds(own.id) || groups_.holds(own.group);
+        return may_be_plain_ && first + kGroupWidth <= params_.num_columns &&
+               !__any_sync(kWholeWarp, meets);
+    }
     // Column c of the thread in the group that begins at `first`.
+    template <bool kPlain>
     __device__ PairColumn column(std::int64_t first, int c) const {
         const std::int32_t index = static_cast<std::int32_t>(first) + thread_column(c, lane_);
+        if constexpr (kPlain) {
+            return {{bias_of_column(params_, index), 0, 0}, index};
+        }
         return {said_of_column(params_, index), index};
     }
     __device__ float similarity_of(float product, const PairColumn& column) const {
         return similarity(product, scale_, column.said.bias);
     }
+    template <bool kPlain>
     __device__ PairKind kind(int r, const PairColumn& column) const {
-        return kind_of(params_.pairs, rows_[r], column.said);
+        return kPlain ? PairKind{true, false} : kind_of(params_.pairs, rows_[r], column.said);
     }
     // Of what is in the log-sum-exps; -infinity elsewhere.
+    template <bool kPlain>
     __device__ float exponent(float z, PairKind kind) const {
-        return offsets_.exponent(z, kind);
+        return kPlain ? z : offsets_.exponent(z, kind);
     }
 
   private:
+    // The least and the largest of the rows of a warp.
+    struct Span {
+        std::int32_t low, high;
+
+        __device__ bool holds(std::int32_t value) const {
+            return low <= value && value <= high;
+        }
+    };
+    template <typename Of>
+    __device__ static Span span_of(Of of) {
+        Span span{of(0), of(0)};
+#pragma unroll
+        for (int r = 1; r < 2 * M; ++r) {
+            span = {of(r) < span.low ? of(r) : span.low, of(r) > span.high ? of(r) : span.high};
+        }
+        return {__reduce_min_sync(kWholeWarp, span.low), __reduce_max_sync(kWholeWarp, span.high)};
+    }
+
     const SimilarityParams& params_;
     SplitScale scale_;
     PowerOffsets offsets_;
     std::int32_t first_row_ = 0;
     int lane_ = 0;
     RowSaid rows_[2 * M];
+    Span ids_{0, 0}, groups_{0, 0};
+    bool may_be_plain_ = false;
 };
 
 // Over the four threads that have the same rows; all get the result, in the same bits.
@@ -142,7 +186,7 @@ struct Add {
 };
 struct Larger {
     __device__ float operator()(float x, float y) const {
-        return x < y ? y : x;
+        return fmaxf(x, y);
     }
 };
 

@@ -16,8 +16,9 @@ struct LineTerms {
     const float* values;  // [3, lines]; null: the lines have no part
     std::int64_t plane;   // from one of the three to the next
 
+    template <bool kExists>
     __device__ PowerTerm power(std::int64_t line, std::int64_t num_lines) const {
-        if (values == nullptr || line >= num_lines) {
+        if (values == nullptr || (!kExists && line >= num_lines)) {
             return {kNoPower, 0.0F};
         }
         return {values[line], values[plane + line]};
@@ -56,7 +57,7 @@ class GradientEpilogue {
         context_.begin(row, lane_);
 #pragma unroll
         for (int r = 0; r < 2 * M; ++r) {
-            rows_[r] = params_.rows.power(context_.row(r), params_.similarities.num_rows);
+            rows_[r] = params_.rows.power<false>(context_.row(r), params_.similarities.num_rows);
         }
     }
 
@@ -65,32 +66,10 @@ class GradientEpilogue {
         for (int group = 0; group < N / kGroupFragments; ++group) {
             const std::int64_t first = column + group * kGroupWidth;
             GradientGroup<M, Value> gradients;
-            float sums[2 * M];
-#pragma unroll
-            for (int r = 0; r < 2 * M; ++r) {
-                sums[r] = 0.0F;
-            }
-#pragma unroll
-            for (int j = 0; j < kGroupFragments; ++j) {
-                float x[2][2 * M], values[2][2 * M];
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const int c = 2 * j + h;
-#pragma unroll
-                    for (int r = 0; r < 2 * M; ++r) {
-                        x[h][r] = product_at(products, r, group, c);
-                    }
-                    weigh(x[h], context_.column(first, c), values[h]);
-                }
-#pragma unroll
-                for (int r = 0; r < 2 * M; ++r) {
-                    sums[r] = fmaf(values[1][r], x[1][r], fmaf(values[0][r], x[0][r], sums[r]));
-                    gradients.set(r, j, values[0][r], values[1][r]);
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < 2 * M; ++r) {
-                sum_ += static_cast<double>(sums[r]);
+            if (context_.is_plain(first)) {
+                take<true>(products, group, first, gradients);
+            } else {
+                take<false>(products, group, first, gradients);
             }
             gradients.store(params_.gradient, context_, first, lane_);
         }
@@ -104,18 +83,54 @@ class GradientEpilogue {
     }
 
   private:
-    // The gradient by the similarities of a column.
+    // Hands the gradient of a group on, and adds up its products with a.b.
+    template <bool kPlain>
+    __device__ void take(const float (&products)[M][N][4],
+                         int group,
+                         std::int64_t first,
+                         GradientGroup<M, Value>& gradients) {
+        float sums[2 * M];
+#pragma unroll
+        for (int r = 0; r < 2 * M; ++r) {
+            sums[r] = 0.0F;
+        }
+#pragma unroll
+        for (int j = 0; j < kGroupFragments; ++j) {
+            float x[2][2 * M], values[2][2 * M];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int c = 2 * j + h;
+#pragma unroll
+                for (int r = 0; r < 2 * M; ++r) {
+                    x[h][r] = product_at(products, r, group, c);
+                }
+                weigh<kPlain>(x[h], context_.template column<kPlain>(first, c), values[h]);
+            }
+#pragma unroll
+            for (int r = 0; r < 2 * M; ++r) {
+                sums[r] = fmaf(values[1][r], x[1][r], fmaf(values[0][r], x[0][r], sums[r]));
+                gradients.set(r, j, values[0][r], values[1][r]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2 * M; ++r) {
+            sum_ += static_cast<double>(sums[r]);
+        }
+    }
+
+    // The gradient by the similarities of a column; all columns of a plain group exist.
+    template <bool kPlain>
     __device__ void weigh(const float (&products)[2 * M],
                           const PairColumn& column,
                           float (&values)[2 * M]) const {
         const PowerTerm of_column =
-            params_.columns.power(column.index, params_.similarities.num_columns);
+            params_.columns.power<kPlain>(column.index, params_.similarities.num_columns);
         bool some_positive = false;
 #pragma unroll
         for (int r = 0; r < 2 * M; ++r) {
             const float z = context_.similarity_of(products[r], column);
-            const PairKind kind = context_.kind(r, column);
-            const float exponent = context_.exponent(z, kind);
+            const PairKind kind = context_.template kind<kPlain>(r, column);
+            const float exponent = context_.template exponent<kPlain>(z, kind);
             some_positive |= kind.positive;
             values[r] = rows_[r].weight * power_of_two(exponent - rows_[r].shift) +
                         of_column.weight * power_of_two(exponent - of_column.shift);
@@ -124,7 +139,7 @@ class GradientEpilogue {
             const float pulled = params_.columns.positive(column.index);
 #pragma unroll
             for (int r = 0; r < 2 * M; ++r) {
-                if (context_.kind(r, column).positive) {
+                if (context_.template kind<kPlain>(r, column).positive) {
                     values[r] += params_.rows.positive(context_.row(r)) + pulled;
                 }
             }

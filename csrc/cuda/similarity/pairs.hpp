@@ -50,15 +50,18 @@ PYFEAT_HOST_DEVICE inline RowSaid said_of_row(const SimilarityParams& params, st
             live && pairs.row_groups != nullptr ? pairs.row_groups[row] : -1,
             live};
 }
+PYFEAT_HOST_DEVICE inline float bias_of_column(const SimilarityParams& params,
+                                               std::int32_t column) {
+    const float* bias = params.pairs.column_bias;
+    return bias != nullptr ? bias[column] * static_cast<float>(params.unit) : 0.0F;
+}
 PYFEAT_HOST_DEVICE inline ColumnSaid said_of_column(const SimilarityParams& params,
                                                     std::int32_t column) {
     const PairTerms& pairs = params.pairs;
     if (column >= params.num_columns) {
         return {-INFINITY, -2, -2};
     }
-    return {pairs.column_bias != nullptr
-                ? pairs.column_bias[column] * static_cast<float>(params.unit)
-                : 0.0F,
+    return {bias_of_column(params, column),
             pairs.column_ids != nullptr ? pairs.column_ids[column] : -2,
             pairs.column_groups != nullptr ? pairs.column_groups[column] : -2};
 }

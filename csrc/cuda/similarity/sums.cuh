@@ -15,8 +15,13 @@ struct SumParts {
     std::int64_t num_lines;
     std::int64_t first_slot;  // of those of this epilogue
 
-    __device__ void store(int kind, std::int64_t slot, std::int64_t line, float value) const {
-        values[(kind * num_slots + first_slot + slot) * num_lines + line] = value;
+    // Of the first kind.
+    __device__ float* at(std::int64_t slot) const {
+        return values + (first_slot + slot) * num_lines;
+    }
+    // From one kind to the next.
+    __device__ std::int64_t plane() const {
+        return num_slots * num_lines;
     }
 };
 
@@ -50,6 +55,7 @@ class SumsEpilogue {
         row_ = row;
         range_ = range;
         context_.begin(row, lane_);
+        column_parts_ = params_.columns.at(row / (16 * M));
 #pragma unroll
         for (int r = 0; r < 2 * M; ++r) {
             rows_[r] = {-INFINITY, 0.0F};
@@ -71,7 +77,11 @@ class SumsEpilogue {
             }
             Exponents exponents;
             float positives[kGroupColumns];
-            take(products, group, first, exponents, positives);
+            if (context_.is_plain(first)) {
+                take<true>(products, group, first, exponents, positives);
+            } else {
+                take<false>(products, group, first, exponents, positives);
+            }
             add_rows(exponents);
             if (columns) {
                 store_columns(exponents, positives, first);
@@ -89,10 +99,11 @@ class SumsEpilogue {
             const float positives = over_row_threads(row_positives_[r], Add());
             const float largest = over_row_threads(row_largest_[r], Larger());
             if (lane_ % 4 == 0 && context_.is_live(r)) {
-                const std::int64_t line = row_ + thread_row(r, lane_);
-                store(params_.rows, slot, line, {top, sum}, positives);
+                float* at = params_.rows.at(slot) + row_ + thread_row(r, lane_);
+                const std::int64_t plane = params_.rows.plane();
+                store(at, plane, {top, sum}, positives);
                 if (params_.largest) {
-                    params_.rows.store(2 + params_.ids, slot, line, largest);
+                    at[(2 + params_.ids) * plane] = largest;
                 }
             }
         }
@@ -102,6 +113,7 @@ class SumsEpilogue {
     using Exponents = float[2 * M][kGroupColumns];
 
     // The exponents of what has power, -infinity elsewhere, and sums over positive pairs.
+    template <bool kPlain>
     __device__ void take(const float (&products)[M][N][4],
                          int group,
                          std::int64_t first,
@@ -114,13 +126,13 @@ class SumsEpilogue {
         }
 #pragma unroll
         for (int c = 0; c < kGroupColumns; ++c) {
-            const PairColumn column = context_.column(first, c);
+            const PairColumn column = context_.template column<kPlain>(first, c);
             positives[c] = 0.0F;
 #pragma unroll
             for (int r = 0; r < 2 * M; ++r) {
                 const float z = context_.similarity_of(product_at(products, r, group, c), column);
-                const PairKind kind = context_.kind(r, column);
-                exponents[r][c] = context_.exponent(z, kind);
+                const PairKind kind = context_.template kind<kPlain>(r, column);
+                exponents[r][c] = context_.template exponent<kPlain>(z, kind);
                 const float positive = kind.positive ? z : 0.0F;
                 of_rows[r] += positive;
                 positives[c] += positive;
@@ -140,12 +152,12 @@ class SumsEpilogue {
         float largest[kGroupColumns];
 #pragma unroll
         for (int c = 0; c < kGroupColumns; ++c) {
-            const PairColumn column = context_.column(first, c);
+            const PairColumn column = context_.template column<false>(first, c);
             largest[c] = -INFINITY;
 #pragma unroll
             for (int r = 0; r < 2 * M; ++r) {
                 const float z = context_.similarity_of(product_at(products, r, group, c), column);
-                const PairKind kind = context_.kind(r, column);
+                const PairKind kind = context_.template kind<false>(r, column);
                 const float other = kind.counted && !kind.positive ? z : -INFINITY;
                 row_largest_[r] = Larger()(row_largest_[r], other);
                 largest[c] = Larger()(largest[c], other);
@@ -155,7 +167,7 @@ class SumsEpilogue {
             const float own = column_total(largest, lane_, Larger());
             const std::int64_t line = own_line(first);
             if (line < params_.similarities.num_columns) {
-                params_.columns.store(2 + params_.ids, column_slot(), line, own);
+                column_parts_[(2 + params_.ids) * params_.columns.plane() + line] = own;
             }
         }
     }
@@ -182,9 +194,6 @@ class SumsEpilogue {
     // Of the column of this thread in the group that begins at `first`.
     __device__ std::int64_t own_line(std::int64_t first) const {
         return first + thread_column(own_column(lane_), lane_);
-    }
-    __device__ std::int64_t column_slot() const {
-        return row_ / (16 * M);
     }
 
     __device__ void store_columns(const Exponents& exponents,
@@ -213,19 +222,18 @@ class SumsEpilogue {
         const float of_positives = params_.ids ? column_total(positives, lane_, Add()) : 0.0F;
         const std::int64_t line = own_line(first);
         if (line < params_.similarities.num_columns) {
-            store(params_.columns, column_slot(), line, {top, sum}, of_positives);
+            store(column_parts_ + line, params_.columns.plane(), {top, sum}, of_positives);
         }
     }
 
-    __device__ void store(const SumParts& parts,
-                          std::int64_t slot,
-                          std::int64_t line,
+    __device__ void store(float* at,
+                          std::int64_t plane,
                           const PowerSum& powers,
                           float positives) const {
-        parts.store(0, slot, line, powers.top);
-        parts.store(1, slot, line, powers.sum);
+        at[0] = powers.top;
+        at[plane] = powers.sum;
         if (params_.ids) {
-            parts.store(2, slot, line, positives);
+            at[2 * plane] = positives;
         }
     }
 
@@ -234,6 +242,7 @@ class SumsEpilogue {
     int warp_, lane_;
     std::int64_t row_ = 0;
     std::int32_t range_ = 0;
+    float* column_parts_ = nullptr;  // [lines], of these rows
     PowerSum rows_[2 * M];
     float row_positives_[2 * M], row_largest_[2 * M];
 };
