@@ -36,7 +36,7 @@ MODULE_KERNELS: dict[str, Instructions] = {
     "threshold_kernel": ("SHFL.BFLY",),
     "tile_products_float32": ("FFMA", ASYNC_COPY),
     "tile_products_mma_f16": (f"{MMA}.F32", "LDSM.16.M88.4", ASYNC_COPY),
-    "tile_products_mma": (f"{MMA}.F32.BF16", "LDSM.16.M88.4", ASYNC_COPY),
+    "tile_products_mma": {80: (f"{MMA}.F32.BF16", "LDSM.16.M88.4", ASYNC_COPY), 90: ()},
     "tile_products_wgmma": {80: (), 90: (f"{WGMMA}256x16.F32.BF16", BULK_COPY, "SYNCS")},
     "write_neighbours_kernel": (),
 }

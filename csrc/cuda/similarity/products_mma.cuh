@@ -168,11 +168,14 @@ __device__ void staged_tile_products(const typename Operands::Packed& a,
     }
 }
 
-// Bound by the tensor cores; the second-level cache supplies 64 flop a byte.
+// Bound by the tensor cores; the second-level cache supplies 64 flop a byte. Machine code for 9.0a
+// has none of it: there tiles come from wgmma.
 template <template <int, int> class EpilogueOf>
 __global__ void __launch_bounds__(MmaTile::kThreads, 1) tile_products_mma(
     Panels a, Panels b, TileSchedule schedule, typename MmaEpilogue<EpilogueOf>::Params params) {
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
     staged_tile_products<MmaOperands<false>, EpilogueOf>(a, b, schedule, params);
+#endif
 }
 
 // The same of float16 values.
