@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyfeat.anomaly.adaptors import Adaptation, Adaptor, alignment, compactness, means_of
+from pyfeat.anomaly.adaptors import Adaptation, Adaptor, alignment, compactness, means_of, spread_of
 from pyfeat.anomaly.class_memories import ClassMemories
 from pyfeat.anomaly.sample_features import SampleBatch
 
@@ -72,17 +72,19 @@ class PatchStore:
         for first in range(0, len(numbers), size):
             yield numbers[first : first + size]
 
-    def centre_and_scale(self, modality: str) -> tuple[float, float]:
-        """Mean and standard deviation of all features of valid patches, one number each."""
-        count, total, squares = 0, 0.0, 0.0
+    def centre_and_scale(self, modality: str) -> tuple[Tensor, float]:
+        """Mean (C,) of the features of valid patches, and their root mean square less that."""
+        count = 0
+        total, squares = torch.zeros(2, self._dims[modality], dtype=torch.float64)
         for numbers in self.batches(16):
             rows = self.patches(modality, numbers)[self.valid(numbers)].double()
-            count += rows.numel()
-            total += float(rows.sum())
-            squares += float(rows.square().sum())
+            count += len(rows)
+            total += rows.sum(dim=0)
+            squares += rows.square().sum(dim=0)
         mean = total / count
-        variance = squares / count - mean**2
-        return mean, math.sqrt(variance) if variance > 1e-12 * squares / count else 1.0
+        variance = float((squares / count - mean.square()).mean())
+        least = 1e-12 * float(squares.mean()) / count  # rounding alone may leave this much
+        return mean.float(), variance**0.5 if variance > least else 1.0
 
     def close(self) -> None:
         """Delete the files."""
@@ -92,25 +94,28 @@ class PatchStore:
 
 
 class AdaptorSet(nn.Module):
-    """An adaptor for each modality, and the scaling of the features that it takes.
+    """An adaptor for each modality, and the centre and scale of the features that it takes.
+
+    Features are centred one by one, as distances do not see it but the norm of an adaptor does: else it
+    would pass on what all patches have in common, and little of what tells them apart.
 
     Args:
-        dims: Features of a patch, by modality.
-        scales: Mean and standard deviation of the features, by modality.
+        scales: Centre (C,) and scale of the features, by modality.
         heads: As ``Adaptation``.
     """
 
-    def __init__(
-        self, dims: Mapping[str, int], scales: Mapping[str, tuple[float, float]], heads: int
-    ) -> None:
+    def __init__(self, scales: Mapping[str, tuple[Tensor, float]], heads: int) -> None:
         super().__init__()
-        self.dims, self.scales = dict(dims), dict(scales)
-        self.adaptors = nn.ModuleDict({name: Adaptor(dim, heads) for name, dim in dims.items()})
+        self.dims = {m: len(centre) for m, (centre, _) in scales.items()}
+        self.adaptors = nn.ModuleDict({m: Adaptor(dim, heads) for m, dim in self.dims.items()})
+        for m, (centre, scale) in scales.items():
+            self.register_buffer(f"centre_{m}", centre)
+            self.register_buffer(f"scale_{m}", torch.tensor(scale))
 
     def forward(self, modality: str, patches: Tensor) -> Tensor:
         """Scale and adapt patches (B, N, C)."""
-        centre, scale = self.scales[modality]
-        adapted: Tensor = self.adaptors[modality]((patches - centre) / scale)
+        centred = patches - self.get_buffer(f"centre_{modality}")
+        adapted: Tensor = self.adaptors[modality](centred / self.get_buffer(f"scale_{modality}"))
         return adapted
 
 
@@ -216,16 +221,14 @@ class AdaptationRun:
                         negatives=options.negatives if name == "local alignment" else "batch",
                     )
         if options.compactness and len(self.losses) >= options.start_step:
-            weight = options.compactness
             for m, patches in adapted.items():
-                parts[f"compactness {m}"] = weight * self._distance(m, numbers, patches, valid)
+                spread = spread_of(patches, valid) if options.relative else torch.ones(())
+                share = options.compactness / spread
+                parts[f"compactness {m}"] = share * self._distance(m, numbers, patches, valid)
                 if options.global_compactness:
-                    parts[f"global compactness {m}"] = (
-                        weight
-                        * options.global_compactness
-                        * self._distance(
-                            f"{m} means", numbers, means[m][:, None], valid.any(1, keepdim=True)
-                        )
+                    share = share * options.global_compactness
+                    parts[f"global compactness {m}"] = share * self._distance(
+                        f"{m} means", numbers, means[m][:, None], valid.any(1, keepdim=True)
                     )
         return parts
 

@@ -33,7 +33,8 @@ class Adaptation:
     bound and the betas; its learning rate is 3e-4 for batches of 8. Our choices: epochs instead of
     accumulated steps, for sets of tens of samples; residual branches that begin at 0, so that training
     begins with the features as they are; the bound in root mean square distances of features from their
-    mean, in place of sqrt(50) in units of the published extractors; and that a sample is not compared
+    mean, in place of sqrt(50) in units of the published extractors; that LC and GC are relative to the
+    spread of patches, as scores are, for else they are least where all patches shrink alike; and that a sample is not compared
     with its own earlier patches, which a memory as large as the set would always find nearest. The loss
     on rotated views, which the paper does not have, is left out.
 
@@ -50,6 +51,7 @@ class Adaptation:
         temperature: Of InfoNCE, > 0.
         negatives: Patches that are negatives of a patch: of the "batch", as in the code, or of its own
             "sample", as the paper is read.
+        relative: Divide LC and GC by the spread of the patches of the batch.
         capacity: Patches of a class that are remembered; no more than one pass has.
         global_capacity: Means of a class that are remembered.
         start_step: First step with compactness.
@@ -70,6 +72,7 @@ class Adaptation:
     global_compactness: float = 0.4
     temperature: float = 1.0
     negatives: Negatives = "batch"
+    relative: bool = True
     capacity: int = 60_000
     global_capacity: int = 100
     start_step: int = 60
@@ -137,6 +140,13 @@ def means_of(patches: Tensor, valid: Tensor) -> Tensor:
     """Mean (B, D) of the valid (B, N) patches (B, N, D); at least one of every sample is."""
     weights = valid.to(patches)[:, :, None]  # [B, N, 1]
     return (patches * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def spread_of(patches: Tensor, valid: Tensor) -> Tensor:
+    """Root mean square () of the features of valid patches (B, N, D), less their mean patch."""
+    rows = patches[valid]
+    variance = (rows - rows.mean(dim=0)).square().mean()
+    return variance.clamp_min(1e-12).sqrt()
 
 
 def alignment(

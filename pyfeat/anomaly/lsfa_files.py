@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pyfeat._storage import check_version, load_tensors, save_tensors
 from pyfeat.anomaly.adaptation import AdaptorSet
 from pyfeat.anomaly.adaptors import Adaptation
@@ -53,9 +55,7 @@ def write_files(model: "LSFA", folder: Path) -> None:
         "adaptors": None,
     }
     if model.adaptors is not None:
-        manifest["adaptors"] = {
-            m: [model.adaptors.dims[m], *model.adaptors.scales[m]] for m in model.adaptors.dims
-        }
+        manifest["adaptors"] = model.adaptors.dims
         weights = model.adaptors.state_dict()
         save_tensors(folder / _ADAPTORS, weights, kind=_KIND, version=FORMAT_VERSION, header=None)
     for number, banks in enumerate(model.banks.values()):
@@ -143,10 +143,8 @@ def _made_again(
     return extractor
 
 
-def _adaptors(folder: Path, told: dict[str, list[float]], heads: int) -> AdaptorSet:
-    dims = {m: int(values[0]) for m, values in told.items()}
-    scales = {m: (float(values[1]), float(values[2])) for m, values in told.items()}
-    adaptors = AdaptorSet(dims, scales, heads)
+def _adaptors(folder: Path, dims: dict[str, int], heads: int) -> AdaptorSet:
+    adaptors = AdaptorSet({m: (torch.zeros(dim), 1.0) for m, dim in dims.items()}, heads)
     weights, _ = load_tensors(folder / _ADAPTORS, kind=_KIND, version=FORMAT_VERSION)
     try:
         adaptors.load_state_dict(weights)

@@ -59,7 +59,7 @@ def train_adaptors(
         scales = {m: store.centre_and_scale(m) for m in dims}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            adaptors = AdaptorSet(dims, scales, options.heads)
+            adaptors = AdaptorSet(scales, options.heads)
         memories = {}
     first_sample = earlier.num_seen if earlier else 0
     run = AdaptationRun(
