@@ -48,7 +48,7 @@ $(VENV)/demo.stamp: $(BIN)/python $(NATIVE) .ci/constraints.txt
 	touch $@
 
 $(VENV)/dev.stamp: $(BIN)/python $(NATIVE) .ci/constraints.txt
-	$(PIP) --config-settings=cmake.define.PYFEAT_WARNINGS_AS_ERRORS=ON --editable '.[demo,hf,train]' --group dev
+	$(PIP) --config-settings=cmake.define.PYFEAT_WARNINGS_AS_ERRORS=ON --editable '.[demo,hf,train]' --group dev --group proofs
 	touch $@ $(VENV)/demo.stamp
 
 $(VENV)/release.stamp: $(BIN)/python .ci/constraints.txt

@@ -51,7 +51,13 @@ def test_the_report_has_all_seeds_and_the_latest_figures_of_each(tmp_path: Path)
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_family_runs_in_its_short_form(name: str, tmp_path: Path) -> None:
-    assert main(["--only", name, "--seed", "0", "--short", "--out", str(tmp_path)]) in (0, 1)
+    try:
+        status = main(["--only", name, "--seed", "0", "--short", "--out", str(tmp_path)])
+    except ModuleNotFoundError as error:  # of the dependency group ``proofs``
+        if str(error.name).partition(".")[0] in ("pyfeat", "benchmarks"):
+            raise
+        pytest.skip(f"{error.name} is not installed")
+    assert status in (0, 1)
     kept = json.loads((tmp_path / "figures" / f"{name}.json").read_text())
     figures = [Figure(**each) for each in kept["0"]["figures"]]
     assert figures

@@ -40,6 +40,18 @@ def test_a_volume_has_maps_too() -> None:
     assert vit(torch.rand(2, 1, 16, 16, 16)).shape == (2, 24)
 
 
+def test_with_group_norm_samples_tell_nothing_of_each_other() -> None:
+    images = torch.rand(4, 3, 32, 32)
+    for norm, alone in (("group", True), ("batch", False)):
+        network = ResNet(ResNetOptions(width=16, blocks=(1, 1), norm=norm))  # type: ignore[arg-type]
+        features = network(images)  # in training
+        assert torch.allclose(network(images[:2]), features[:2], atol=1e-5) == alone
+        names = set(network.state_dict())
+        assert {"bn1.weight", "layer2.0.bn2.bias"} <= names
+        assert ("bn1.running_mean" in names) != alone
+        assert not network.state_dict()["layer1.0.bn2.weight"].any()  # begins as the identity
+
+
 def test_resnet18_has_the_parameters_that_others_know_it_by() -> None:
     options = ResNetOptions(width=64, blocks=(2, 2, 2, 2), stem="7x7")
     state = ResNet(options).state_dict()

@@ -13,6 +13,7 @@ from pyfeat._contrast_blocks import without_autocast
 from pyfeat.losses import info_nce, swav_loss
 from pyfeat.search import knn
 from pyfeat.ssl.parts.heads import Prototypes
+from pyfeat.ssl.parts.processes import rows_of_all_processes
 
 
 @torch.no_grad()
@@ -287,12 +288,7 @@ class BankClusters(Clusters):
         index, features = self._waiting
         self._waiting = None
         if group is not None:
-            index, features = (_of_all(x, axis, group) for x, axis in ((index, 0), (features, 1)))
+            index = rows_of_all_processes(index)
+            features = rows_of_all_processes(features.transpose(0, 1)).transpose(0, 1)
         self.banks[:, index] = features
         self.seen[index] = True
-
-
-def _of_all(x: Tensor, axis: int, group: "dist.ProcessGroup") -> Tensor:
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, dim=axis)
