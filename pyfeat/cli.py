@@ -1,19 +1,22 @@
-"""The command line: ``pyfeat demo``, ``fit``, ``score``, ``train``, ``export`` and ``info``."""
+"""The command line: ``pyfeat demo``, ``fit``, ``score``, ``evaluate``, ``train``, ``export`` and ``info``."""
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pyfeat import _C
 from pyfeat._extras import require
 from pyfeat._info import info as installation
-from pyfeat._storage import check_replaceable
+from pyfeat._storage import check_replaceable, replaced_folder
 from pyfeat.anomaly.images import SkippedImage
+
+if TYPE_CHECKING:
+    from pyfeat.anomaly.samples import Dataset, Split
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +28,17 @@ app = typer.Typer(
 Strict = Annotated[
     bool,
     typer.Option("--strict", help="Fail on a file that cannot be read instead of skipping it."),
+]
+AsDataset = Annotated[
+    bool,
+    typer.Option(
+        "--dataset",
+        help="IMAGES is a data set in the layout of MVTec AD, VisA, MVTec 3D-AD or Eyecandies.",
+    ),
+]
+Categories = Annotated[
+    list[str] | None,
+    typer.Option("--category", help="Of the data set; repeat for several. All if left out."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run wrote.")]
 
@@ -101,10 +115,12 @@ def fit(
     batch_size: Annotated[int, typer.Option(help="Images per pass through the backbone.")] = 16,
     device: Annotated[str, typer.Option(help="Device of the backbone.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal models.")] = 0,
+    dataset: AsDataset = False,
+    category: Categories = None,
     strict: Strict = False,
     force: Force = False,
 ) -> None:
-    """Learn what is normal from a folder of images."""
+    """Learn what is normal from a folder of images, or from the training images of a data set."""
     with _plain_errors():
         from pyfeat.anomaly import PatchCore
         from pyfeat.anomaly.model_files import MANIFEST
@@ -121,7 +137,9 @@ def fit(
             seed=seed,
             batch_size=batch_size,
             device=device,
-        ).fit(images, strict=strict, progress=True)
+        )
+        source = _records(images, category, "train") if dataset else images
+        model.fit(source, strict=strict, progress=True)
         model.save(out, force=force)
         _say_skipped(model.skipped)
         summary = model.summary
@@ -138,19 +156,59 @@ def score(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report to write.")],
     batch_size: Annotated[int, typer.Option(help="Images per pass through the backbone.")] = 16,
     device: Annotated[str, typer.Option(help="Device of the backbone.")] = "cpu",
+    dataset: AsDataset = False,
+    category: Categories = None,
     strict: Strict = False,
     force: Force = False,
 ) -> None:
-    """Rank images by how anomalous they are: a page with heat maps, and a CSV."""
+    """Rank images by how anomalous they are: a page with heat maps, and CSV tables.
+
+    Of a data set, its test images, with heights and masks where there are any. LSFA takes no other.
+    """
     with _plain_errors():
-        from pyfeat.anomaly import PatchCore
         from pyfeat.anomaly.evaluation import RANKING, write_ranking
+        from pyfeat.anomaly.models import load_model
 
         check_replaceable("pyfeat score", out, marker=RANKING, force=force)
-        loaded = PatchCore.load(model, batch_size=batch_size, device=device)
-        count = write_ranking(loaded, images, out, strict=strict, force=force)
+        loaded = load_model(model, batch_size=batch_size, device=device)
+        source = _records(images, category, "test") if dataset else images
+        count = write_ranking(loaded, source, out, strict=strict, force=force)
         _say_skipped(loaded.skipped)
         _say(f"ranked {count} images\nopen {out / 'index.html'}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a model, or one with a model for each category.")
+    ],
+    dataset: Annotated[Path, typer.Argument(help="Folder of the data set.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for the table as Markdown and CSV.")
+    ] = None,
+    category: Categories = None,
+    batch_size: Annotated[int, typer.Option(help="Images per pass through the backbone.")] = 16,
+    device: Annotated[str, typer.Option(help="Device of the backbone.")] = "cpu",
+    strict: Strict = False,
+    force: Force = False,
+) -> None:
+    """Say how good a model is on the test images of a data set: AUROC, AUPRO, F1 by category."""
+    with _plain_errors():
+        from pyfeat.anomaly import tables
+        from pyfeat.anomaly.models import load_models
+
+        op = "pyfeat evaluate"
+        if out is not None:
+            check_replaceable(op, out, marker=tables.TABLE, force=force)
+        records = _records(dataset, category, "test")
+        models = load_models(model, records.categories, batch_size=batch_size, device=device)
+        table = tables.evaluate(models, records, strict=strict, progress=True)
+        _say_skipped(table.skipped)
+        _say(table.markdown())
+        if out is not None:
+            with replaced_folder(op, out, marker=tables.TABLE, force=force) as folder:
+                table.write(folder)
+            _say(f"wrote {out}")
 
 
 @app.command()
@@ -240,6 +298,17 @@ def _plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written", err=True)
         raise typer.Exit(130) from None
+
+
+def _records(folder: Path, categories: Sequence[str] | None, split: "Split") -> "Dataset":
+    """Samples of a data set for one purpose."""
+    from pyfeat.anomaly.readers import read_dataset
+
+    records = read_dataset(folder, categories=categories or None).select(split=split)
+    if not len(records):
+        message = f"pyfeat: the data set must hold {split} images, got none in {str(folder)!r}"
+        raise ValueError(message)
+    return records
 
 
 def _say(text: str) -> None:

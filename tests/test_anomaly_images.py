@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from pyfeat.anomaly import images
-from pyfeat.anomaly.images import Array, ImageInput, ImageStream, Item, NamedImage, batched
+from pyfeat.anomaly.decoding import Array, decode
+from pyfeat.anomaly.images import ImageInput, ImageStream, Item, NamedImage, batched
 
 Patch = pytest.MonkeyPatch
 RNG = np.random.default_rng(0)
@@ -354,13 +355,12 @@ def test_decoding_runs_a_few_images_ahead_and_stops_when_the_consumer_does(
     size: tuple[int, int] | None, ahead: int, folder: Path, monkeypatch: Patch
 ) -> None:
     decoded: list[Path] = []
-    decode = images._decode
 
     def record(path: Path) -> Array:
         decoded.append(path)
         return decode(path)
 
-    monkeypatch.setattr(images, "_decode", record)
+    monkeypatch.setattr(images, "decode", record)
     reader = iter(stream(folder, size))
     for index, image in zip(range(4), reader, strict=False):
         assert index < len(decoded) <= index + ahead

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from pyfeat.anomaly import Dataset, synthesise, write_dataset
 from pyfeat.cli import app
 
 
@@ -71,6 +72,45 @@ def test_three_photos_make_a_model_that_finds_a_scratch(photos: Path, model: Pat
     assert page.count("data:image/jpeg") >= 4  # two pictures and their heat maps
 
 
+@pytest.fixture(scope="module")
+def plates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of plates in the layout of MVTec AD."""
+    folder = tmp_path_factory.mktemp("plates") / "data"
+    records = [
+        record
+        for seed, category in ((0, "disc"), (1, "plate"))
+        for record in synthesise(
+            category=category, train=4, good=2, defective=3, size=64, seed=seed
+        )
+    ]
+    write_dataset(Dataset(records), folder, layout="mvtec_ad")
+    return folder
+
+
+def test_a_data_set_is_learned_scored_and_evaluated(plates: Path, tmp_path: Path) -> None:
+    small = ("--image-size", 64, 64)
+    for category in ("disc", "plate"):
+        chosen = ("--dataset", "--category", category, *small)
+        result = _run("fit", plates, "-o", tmp_path / "each" / category, *chosen)
+        assert result.exit_code == 0, result.output
+        assert "learned 4 images" in result.output
+    result = _run("fit", plates, "-o", tmp_path / "both", "--dataset", *small)
+    assert "learned 8 images" in result.output
+    for model, together in ((tmp_path / "both", True), (tmp_path / "each", False)):
+        result = _run("evaluate", model, plates, "-o", tmp_path / "table", "--force")
+        assert result.exit_code == 0, result.output
+        lines = result.output.splitlines()
+        assert any(line.startswith("| disc ") and " 3 |" in line for line in lines)
+        assert any(line.startswith("| mean ") for line in lines)
+        assert any(line.startswith("| all together ") for line in lines) == together
+        table = (tmp_path / "table" / "evaluation.csv").read_text()
+        assert table.startswith("category,num_good,num_defective,image_auroc,pixel_auroc,aupro,f1")
+    result = _run("score", tmp_path / "both", plates, "-o", tmp_path / "report", "--dataset")
+    assert result.exit_code == 0, result.output
+    assert "ranked 10 images" in result.output
+    assert "Mask of" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_strict_turns_a_bad_file_into_an_error(photos: Path, model: Path) -> None:
     result = _run("score", model, photos / "new", "-o", photos / "strict", "--strict")
     assert result.exit_code == 1
@@ -106,6 +146,8 @@ def test_force_never_replaces_a_folder_of_somebody_else(photos: Path) -> None:
         (["fit", "good", "-o", "out", "--backbone", "resnet"], "spec must be"),
         (["fit", "good", "-o", "out", "--layer", "_blocks.99"], "_blocks.9"),
         (["score", "missing", "good", "-o", "out"], "must be the folder of a saved model"),
+        (["fit", "good", "-o", "out", "--dataset"], "roots must have the layout of"),
+        (["evaluate", "missing", "good", "-o", "out"], "roots must have the layout of"),
     ],
 )
 def test_mistakes_are_told_in_a_line(

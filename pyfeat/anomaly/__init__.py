@@ -13,12 +13,14 @@ from pyfeat.anomaly.metrics import (
     image_auroc,
     normal_threshold,
 )
+from pyfeat.anomaly.models import load_model
 from pyfeat.anomaly.patchcore import PatchCore
 from pyfeat.anomaly.readers import read_dataset, write_dataset
 from pyfeat.anomaly.regions import Region
 from pyfeat.anomaly.results import AnomalyScores, NearestPatch, ScoredImage
 from pyfeat.anomaly.samples import Dataset, Record, Sample
 from pyfeat.anomaly.synthesis import synthesise
+from pyfeat.anomaly.tables import Evaluation, evaluate
 
 if TYPE_CHECKING:
     from pyfeat.anomaly.outliers import FeatureOutlier
@@ -28,6 +30,7 @@ __all__ = [
     "LSFA",
     "AnomalyScores",
     "Dataset",
+    "Evaluation",
     "FeatureOutlier",
     "NearestPatch",
     "PatchCore",
@@ -38,9 +41,11 @@ __all__ = [
     "ScoredImage",
     "Threshold",
     "average_precision",
+    "evaluate",
     "f1_optimal_threshold",
     "fpr_at_tpr",
     "image_auroc",
+    "load_model",
     "normal_threshold",
     "read_dataset",
     "synthesise",

@@ -15,8 +15,9 @@ import numpy as np
 
 from pyfeat._extras import require
 from pyfeat._storage import replaced_folder
-from pyfeat.anomaly.evaluation import PAGE, collect, describe, describe_threshold
+from pyfeat.anomaly.evaluation import PAGE, collect, describe_threshold
 from pyfeat.anomaly.metrics import average_precision, f1_optimal_threshold, image_auroc
+from pyfeat.anomaly.models import about
 from pyfeat.anomaly.patchcore import PatchCore
 from pyfeat.anomaly.report import Report, write_report
 from pyfeat.anomaly.scoring import SCORINGS
@@ -85,7 +86,7 @@ def run_demo(cells: str, out: Path, *, force: bool = False) -> dict[str, Any]:
         fitted = time.perf_counter()
         shown = [str(path.relative_to(split.folder)) for path in split.test]
         labels = dict(zip(shown, split.defective, strict=True))
-        gallery = collect(model, split.test, root=split.folder, labels=labels, strict=True)
+        gallery, _ = collect(model, split.test, root=split.folder, labels=labels, strict=True)
         seconds = {**model.summary.seconds, "score": time.perf_counter() - fitted}
         threshold = model.threshold
         metrics: dict[str, Any] = {
@@ -106,7 +107,7 @@ def run_demo(cells: str, out: Path, *, force: bool = False) -> dict[str, Any]:
             Report(
                 title=f"Solar cells ({cells})",
                 gallery=gallery,
-                subtitle=describe(model),
+                subtitle=about(model).sentence,
                 threshold=metrics["threshold"],
                 threshold_text=describe_threshold(threshold),
                 facts={

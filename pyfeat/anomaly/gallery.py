@@ -3,6 +3,7 @@
 import heapq
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyfeat._extras import require
+from pyfeat.anomaly.regions import Box, Region
 
 _MAP_SIDE = 64  # a finer map would not show at thumbnail size
 _COOLEST = 0.15  # the darkest blues of the colour map are lost on dark pictures
 _MAX_OPACITY = 0.8  # the picture stays recognisable under the hottest colour
 _JPEG_QUALITY = 80
+_MAX_BOXES = 20  # drawn on a picture; more hide it
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,10 @@ class Entry:
         jpeg: Thumbnail in colour, JPEG.
         size: Width and height of the thumbnail in pixels.
         heat_map: (h, w) float32, 1 <= h, w <= 64, in the unit of the scorer.
+        height: Thumbnail of the heights, JPEG; None without a depth sensor.
+        mask: Thumbnail of the true defects, JPEG, white on black; None if nobody knows.
+        regions: What stands out in the heat map, the hottest first.
+        shape: Height and width that boxes of regions are in.
     """
 
     order: int
@@ -41,6 +48,10 @@ class Entry:
     jpeg: bytes
     size: tuple[int, int]
     heat_map: NDArray[np.float32]
+    height: bytes | None = None
+    mask: bytes | None = None
+    regions: tuple[Region, ...] = ()
+    shape: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,10 @@ class Gallery:
         heat_map: Tensor,
         label: bool | None = None,
         shape: tuple[int, int] | None = None,
+        *,
+        height: Tensor | None = None,
+        mask: Tensor | None = None,
+        regions: Sequence[Region] = (),
     ) -> None:
         """Record a scored image; its picture is kept only if a group wants it.
 
@@ -154,6 +169,9 @@ class Gallery:
             label: True for defective, False for good; None, for all images alike, when unknown.
             shape: Height and width, in any unit, that the picture is stretched to fit; None keeps
                 those of ``image``.
+            height: (H, W) float, finite, of any scale; NaN where there is no point.
+            mask: (H, W) bool, True on defects.
+            regions: Their boxes, drawn on the heat map, are in pixels of ``shape``.
 
         Raises:
             ValueError: If a shape, dtype or value is not as above, or only some images have
@@ -170,7 +188,19 @@ class Gallery:
         takers = [group for group in groups if group.wants(score)]
         if takers:
             jpeg, size = _thumbnail(image, self.thumbnail, shape)
-            entry = Entry(order, name, float(score), label, jpeg, size, _reduced(heat_map))
+            entry = Entry(
+                order,
+                name,
+                float(score),
+                label,
+                jpeg,
+                size,
+                _reduced(heat_map),
+                None if height is None else _picture(_coloured(height), size),
+                None if mask is None else _picture(mask.float().expand(3, -1, -1), size),
+                tuple(regions),
+                shape or (image.shape[1], image.shape[2]),
+            )
             for group in takers:
                 group.push(entry)
 
@@ -243,7 +273,7 @@ class _Best:
 
 
 def overlay(entry: Entry, scale: HeatScale) -> bytes:
-    """Draw the heat map of ``entry`` over its grey picture.
+    """Draw the heat map of ``entry`` over its grey picture, and boxes around what stands out.
 
     Args:
         entry: Picture and map; the map is enlarged bilinearly to the picture.
@@ -260,23 +290,57 @@ def overlay(entry: Entry, scale: HeatScale) -> bytes:
     )
     rgba = scale.colours(heat[0, 0].numpy())  # [H, W, 4]
     opacity = rgba[..., 3:]
-    return _jpeg(pil.fromarray(_to_uint8((1 - opacity) * grey + opacity * rgba[..., :3])))
+    pixels = _to_uint8((1 - opacity) * grey + opacity * rgba[..., :3])
+    for region in entry.regions[:_MAX_BOXES]:
+        _draw_box(pixels, region.box, entry.shape)
+    return _jpeg(pil.fromarray(pixels))
+
+
+def _draw_box(pixels: NDArray[np.uint8], box: Box, shape: tuple[int, int]) -> None:
+    """Draw a white line, edged in black, around a box of an image of another shape (H, W)."""
+    height, width = pixels.shape[:2]
+    scales = (height / shape[0], width / shape[1])
+    top, bottom = (round(row * scales[0]) for row in (box.top, box.bottom))
+    left, right = (round(column * scales[1]) for column in (box.left, box.right))
+    for margin, level in ((2, 0), (1, 255)):
+        above, before = max(top - margin, 0), max(left - margin, 0)
+        below, after = min(bottom + margin, height) - 1, min(right + margin, width) - 1
+        pixels[[above, below], before : after + 1] = level
+        pixels[above : below + 1, [before, after]] = level
 
 
 def _thumbnail(
     image: Tensor, side: int, shape: tuple[int, int] | None
 ) -> tuple[bytes, tuple[int, int]]:
-    pil = require("PIL.Image", extra="anomaly", op="Gallery.add")
-    pixels = image.detach().to("cpu", torch.float32).permute(1, 2, 0).nan_to_num().numpy()
-    picture = pil.fromarray(_to_uint8(pixels))
-    height, width = shape or (picture.height, picture.width)
+    height, width = shape or (image.shape[1], image.shape[2])
     if shape is None:
         side = min(side, max(height, width))
     longest = max(height, width)
     size = (max(1, round(side * width / longest)), max(1, round(side * height / longest)))
+    return _picture(image, size), size
+
+
+def _picture(image: Tensor, size: tuple[int, int]) -> bytes:
+    """JPEG of an image (3, H, W) in [0, 1] at a size (width, height)."""
+    pil = require("PIL.Image", extra="anomaly", op="Gallery.add")
+    pixels = image.detach().to("cpu", torch.float32).permute(1, 2, 0).nan_to_num().numpy()
+    picture = pil.fromarray(_to_uint8(pixels))
     if size != picture.size:
         picture = picture.resize(size, pil.Resampling.LANCZOS)
-    return _jpeg(picture), (picture.width, picture.height)
+    return _jpeg(picture)
+
+
+def _coloured(height: Tensor) -> Tensor:
+    """(3, H, W): heights (H, W) from dark to bright, 1 % cut off at either end; grey where NaN."""
+    values = height.detach().cpu().numpy().astype(np.float64)
+    known = np.isfinite(values)
+    levels = np.zeros(values.shape)
+    if known.any():
+        low, high = np.quantile(values[known], (0.01, 0.99))
+        levels[known] = np.clip((values[known] - low) / ((high - low) or 1.0), 0, 1)
+    colormap = require("matplotlib", extra="anomaly", op="Gallery.add").colormaps["viridis"]
+    rgb = np.where(known[..., None], colormap(levels)[..., :3], 0.5)
+    return torch.from_numpy(rgb).permute(2, 0, 1)
 
 
 def _reduced(heat_map: Tensor) -> NDArray[np.float32]:

@@ -8,18 +8,19 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pyfeat._extras import require
+from pyfeat.anomaly.decoding import Array, UnusableError, decode
+from pyfeat.anomaly.samples import Record, Sample
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"
 _AHEAD_BYTES = 64 << 20  # of resized images that wait for the consumer
 
-Array: TypeAlias = npt.NDArray[np.generic]
-Item: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | Array | Tensor | tuple[object, ...]"
+Item: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | Array | Tensor | tuple[object, ...] | Record | Sample"
 
 
 @runtime_checkable
@@ -73,7 +73,8 @@ class ImageStream:
       grey images; (H, W, 3) and (H, W, 4) with W > 4, one image in all likelihood, are refused.
     - An iterable or a map-style dataset of paths, PIL images, arrays and tensors: (H, W),
       (H, W, C) or (C, H, W), read as above, sizes mixed at will. Of a tuple, such as the
-      (image, label) of a torchvision dataset, the first item is the image.
+      (image, label) of a torchvision dataset, the first item is the image; of records and samples
+      of a ``Dataset`` it is the colours, under their names.
 
     Pixels: uint8 and uint16 are divided by 255 and 65535; floats must be finite and in [0, 1];
     no other dtype is taken. Files and PIL images are turned upright by their EXIF orientation,
@@ -189,9 +190,15 @@ class ImageStream:
         if isinstance(item, tuple) and item:
             item = item[0]
         name = os.fspath(item) if isinstance(item, str | os.PathLike) else f"image {index:05d}"
+        if isinstance(item, Record | Sample):
+            name = item.name
+            try:
+                item = item.rgb if isinstance(item, Sample) else item.load().rgb
+            except (OSError, ValueError) as error:
+                return SkippedImage(name, str(error))
         try:
             planes = self._read(item, name)
-        except _UnusableError as error:
+        except UnusableError as error:
             return SkippedImage(name, str(error))
         pixels = _resize(planes, self._size).expand(3, -1, -1).contiguous()
         return NamedImage(name, pixels, shape=(planes.shape[1], planes.shape[2]))
@@ -202,12 +209,12 @@ class ImageStream:
             if not self._only_paths:
                 _check_file(item, self._op)
             require("PIL.Image", extra="anomaly", op=self._op)
-            array = _decode(Path(item))
+            array = decode(Path(item))
         elif isinstance(item, np.ndarray | Tensor):
             array = _to_numpy(item)
         # A PIL image exists only once its module is imported, so the module need not be.
         elif (pil := sys.modules.get("PIL.Image")) and isinstance(item, pil.Image):
-            array = _decode(item)
+            array = decode(item)
         else:
             message = (
                 f"{self._op}: images must hold paths, PIL images, arrays or tensors, "
@@ -222,7 +229,7 @@ class ImageStream:
             raise ValueError(message)
         if array.size == 0:
             message = f"it has no pixels, its shape is {array.shape}"
-            raise _UnusableError(message)
+            raise UnusableError(message)
         _check_range(array)
         planes = array[None] if axis is None else np.moveaxis(array, axis, 0)[:3]
         pixels = torch.from_numpy(planes.astype(np.float32, order="C"))
@@ -253,10 +260,6 @@ def batched(stream: ImageStream, batch_size: int) -> Generator[tuple[list[NamedI
             pixels = torch.stack([image.pixels for image in group])
             group[:] = [replace(image, pixels=p) for image, p in zip(group, pixels, strict=True)]
             yield group, pixels
-
-
-class _UnusableError(Exception):
-    """The image at hand is bad, not the call: it is skipped unless the stream is strict."""
 
 
 def find_images(path: str | os.PathLike[str], op: str) -> list[str]:
@@ -308,7 +311,7 @@ def _check_batch(batch: Array | Tensor, op: str) -> None:
     for index in range(len(batch) if dtype.kind == "f" else 0):
         try:
             _check_range(_to_numpy(batch[index]))
-        except _UnusableError as error:
+        except UnusableError as error:
             message = f"{op}: images must have valid pixels, got image {index:05d}: {error}"
             raise ValueError(message) from None
 
@@ -324,7 +327,7 @@ def _check_range(array: Array) -> None:
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # false for NaN too
             message = f"its floats must be finite and in [0, 1], got {low:g} to {high:g}"
-            raise _UnusableError(message)
+            raise UnusableError(message)
 
 
 def _channel_axis(shape: tuple[int, ...], *, channels_last: bool) -> int | None:
@@ -340,53 +343,6 @@ def _to_numpy(image: Array | Tensor) -> Array:
     if tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float64):
         tensor = tensor.float()  # NumPy has no bfloat16
     array: Array = tensor.numpy()
-    return array
-
-
-def _decode(source: "Path | PIL.Image.Image") -> Array:
-    from PIL import UnidentifiedImageError
-    from PIL.Image import open as open_image
-
-    try:
-        if not isinstance(source, Path):
-            return _upright_pixels(source)
-        # Pillow leaves some files open when it fails on them, but never a file of ours.
-        with source.open("rb") as file, open_image(file) as image:
-            return _upright_pixels(image)
-    except UnidentifiedImageError:
-        message = "it is empty or no image that Pillow can read"
-        raise _UnusableError(message) from None
-    except Exception as error:  # decoders raise nearly anything on broken files
-        message = f"it cannot be decoded, {type(error).__name__}: {error}"
-        raise _UnusableError(message) from error
-
-
-def _upright_pixels(image: "PIL.Image.Image") -> Array:
-    """Return the pixels of the first frame, (H, W) or (H, W, 3), turned as EXIF says."""
-    image.load()
-    orientation = 1
-    if image.format != "TIFF":  # which load() turns, and some versions of Pillow leave marked
-        with suppress(Exception):  # EXIF too broken to be read does not spoil the pixels
-            orientation = image.getexif().get(0x0112, 1)
-    if image.mode in ("1", "LA"):
-        image = image.convert("L")
-    elif image.mode in ("P", "PA"):
-        # Converting straight to RGB warns of a transparency given per palette entry.
-        image = image.convert("RGBA").convert("RGB")
-    elif image.mode not in ("L", "I", "F") and not image.mode.startswith("I;16"):
-        image = image.convert("RGB")
-    array: Array = np.asarray(image)
-    if array.dtype == np.int32:
-        wide, array = array, array.astype(np.uint16)
-        if not np.array_equal(wide, array):
-            message = "32-bit integers outside [0, 65535] have no known white"
-            raise ValueError(message)
-    if orientation in (5, 6, 7, 8):
-        array = array.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
     return array
 
 

@@ -2,30 +2,23 @@
 
 import base64
 import html
-import io
 import math
-import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyfeat._extras import require
 from pyfeat.anomaly.gallery import Entry, Gallery, HeatScale, overlay
-from pyfeat.anomaly.metrics import roc_curve
+from pyfeat.anomaly.regions import Region
+from pyfeat.anomaly.report_plots import histogram, roc
 
 _MAX_ROWS = 500  # rows of the ranking, and of the skipped files, that the page shows
 _MAX_NAME = 56  # characters of a name shown; the whole name is in the title attribute
-_MAX_BINS = 50
-# Seen on white and on near-black alike (contrast >= 3), and apart for colour-blind readers.
-_GOOD, _BAD = "#2f7fc1", "#d2600c"
-_TEXT = "#010203"  # stands for the text colour of the page until the SVG is embedded
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,53 +149,17 @@ class _Page:
     def plots(self) -> str:
         figures = []
         if self.scores.size:
-            figures.append(("Scores", _svg("scores", "Score histogram", self.draw_histogram)))
+            threshold = self.report.threshold
+            drawn = histogram(self.scores, self.labels, threshold, self.number)
+            figures.append(("Scores", drawn))
         if self.has_both:
-            figures.append(("ROC curve", _svg("roc", "ROC curve", self.draw_roc)))
+            figures.append(("ROC curve", roc(self.scores, self.labels, self.above)))
         if self.report.seconds:
             figures.append(("Time", _stages(self.report.seconds)))
         parts = [
             f"<figure><figcaption>{name}</figcaption>{plot}</figure>" for name, plot in figures
         ]
         return f'<div class="plots">{"".join(parts)}</div>' if parts else ""
-
-    def draw_histogram(self, axes: Any) -> None:
-        edges = _edges(self.scores)
-        groups = [("good", ~self.labels, _GOOD), ("defective", self.labels, _BAD)]
-        if not self.labels.size:
-            groups = [("images", np.ones(self.scores.shape, dtype=bool), _GOOD)]
-        for name, members, colour in groups:
-            count = members.sum()
-            heights = np.histogram(self.scores[members], edges)[0]
-            if self.labels.size:  # as shares, few defects stay visible beside many good images
-                heights = 100 * heights / max(count, 1)
-            axes.stairs(heights, edges, fill=True, color=colour, alpha=0.3)
-            axes.stairs(heights, edges, color=colour, linewidth=1.6, label=f"{name} ({count:,})")
-        if self.report.threshold is not None:
-            label = f"threshold {self.number(self.report.threshold)}"
-            position, margin = [self.report.threshold], edges[-1] - edges[0]
-            if not edges[0] - margin <= position[0] <= edges[-1] + margin:
-                # Drawn to scale, it would squeeze the scores into a line.
-                label += ", far right" if position[0] > edges[0] else ", far left"
-                position = []
-            height = {"ymin": 0, "ymax": 1, "transform": axes.get_xaxis_transform()}
-            axes.vlines(position, color=_TEXT, linestyle=(0, (4, 3)), label=label, **height)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("anomaly score")
-        axes.set_ylabel("share of the class (%)" if self.labels.size else "images")
-        axes.yaxis.get_major_locator().set_params(integer=not self.labels.size)
-
-    def draw_roc(self, axes: Any) -> None:
-        false_alarms, found, _ = roc_curve(self.labels, self.scores)
-        axes.plot([0, 100], [0, 100], color=_TEXT, linewidth=1, alpha=0.7, linestyle=(0, (1, 3)))
-        axes.plot(100 * false_alarms, 100 * found, color=_GOOD, linewidth=2, clip_on=False)
-        if self.above is not None:
-            x, y = 100 * self.above[~self.labels].mean(), 100 * self.above[self.labels].mean()
-            label = f"threshold: {y:.3g} % found, {x:.3g} % false alarms"
-            axes.plot(x, y, "D", color=_BAD, markersize=7, clip_on=False, label=label)
-        axes.set(xlim=(0, 100), ylim=(0, 100))
-        axes.set_xlabel("good images flagged (%)")
-        axes.set_ylabel("defective images found (%)")
 
     def cards(self, title: str, text: str, entries: list[Entry]) -> str:
         if not entries:
@@ -215,19 +172,29 @@ class _Page:
     def card(self, entry: Entry) -> str:
         width, height = entry.size
         name = _escape(_shorten(entry.name))
-        data = {"Picture": entry.jpeg, "Heat map of": overlay(entry, self.scale)}
+        data = {
+            "Picture": entry.jpeg,
+            "Height of": entry.height,
+            "Heat map of": overlay(entry, self.scale),
+            "Mask of": entry.mask,
+        }
         pictures = [
             f'<img width="{width}" height="{height}" alt="{kind} {name}" '
             f'src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
             for kind, jpeg in data.items()
+            if jpeg is not None
         ]
         shape = "pair stacked" if width >= 2 * height else "pair"
+        if len(pictures) > 2:
+            shape = f"row of{len(pictures)}"
+        wide = ' class="wide"' if len(pictures) > 2 else ""
         rank = f"rank {self.ranks[entry.order]:,} of {len(self.scores):,}"
         return (
-            f'<figure><div class="{shape}">{"".join(pictures)}</div><figcaption>'
+            f'<figure{wide}><div class="{shape}">{"".join(pictures)}</div><figcaption>'
             f"{_name(entry.name)}"
             f'<div class="line"><span class="number"><b>{self.number(entry.score)}</b></span>'
             f'<span class="number soft">{rank}</span>{self.tags(entry.order)}</div>'
+            f"{_places(entry.regions)}"
             f"</figcaption></figure>"
         )
 
@@ -282,44 +249,6 @@ class _Page:
         return f"{value:.{self.decimals}f}"
 
 
-def _svg(salt: str, title: str, draw: Callable[[Any], None]) -> str:
-    """Draw on fresh axes; the SVG takes its text colour and font from the page."""
-    style = require("matplotlib.style", extra="anomaly", op="write_report")
-    figures = require("matplotlib.figure", extra="anomaly", op="write_report")
-    colours = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    options = dict.fromkeys(colours, _TEXT) | {
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "font.size": 12,
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-    }
-    text = io.StringIO()
-    with style.context(["default", options]):
-        figure = figures.Figure(figsize=(5.6, 3.7), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-        unstamped = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=unstamped)
-    drawing = text.getvalue().partition("<svg ")[2].replace(_TEXT, "currentColor")
-    drawing = f'<svg role="img" aria-label="{title}" {drawing}'
-    # Identifiers are unique in a page, and matplotlib numbers them from 1 in each drawing.
-    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{salt}-", drawing)
-
-
-def _edges(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Histogram edges over all of ``scores``, which may all be equal."""
-    low, high = float(scores.min()), float(scores.max())
-    bins = min(_MAX_BINS, max(10, int(2 * math.sqrt(len(scores)))))
-    edges = np.linspace(low, high, bins + 1)
-    if not (np.diff(edges) > 0).all():
-        margin = 0.1 * max(abs(low), abs(high)) or 1.0
-        edges = np.linspace(low - margin, high + margin, bins + 1)
-    return edges
-
-
 def _stages(seconds: Mapping[str, float]) -> str:
     longest = max(*seconds.values(), 1e-9)
     rows = [
@@ -331,6 +260,16 @@ def _stages(seconds: Mapping[str, float]) -> str:
         f'<dl class="stages">{"".join(rows)}<dt><b>Total</b></dt><dd></dd>'
         f'<dd class="number"><b>{sum(seconds.values()):,.1f} s</b></dd></dl>'
     )
+
+
+def _places(regions: Sequence[Region]) -> str:
+    """How many regions stand out, and where the hottest one is."""
+    if not regions:
+        return ""
+    count = f"{len(regions):,} regions, the hottest" if len(regions) > 1 else "One region,"
+    box, area = regions[0].box, regions[0].area
+    place = f"rows {box.top}\u2013{box.bottom}, columns {box.left}\u2013{box.right}"
+    return f'<div class="soft">{count} of {area:,.0f} px at {place}</div>'
 
 
 def _colour_bar(scale: HeatScale, unit: str) -> str:
