@@ -378,3 +378,20 @@ def test_images_that_cannot_be_read_are_skipped_and_named() -> None:
 def test_arguments_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"EAR: {name} must "):
         EAR(Oddness(), **{"image_size": 32, "levels": 2, name: value})
+
+
+def test_regions_are_cut_from_the_map_at_the_threshold_of_the_score(trained: EAR) -> None:
+    assert trained.map_threshold == trained.threshold
+    assert trained.threshold is not None
+    bad = scratched(good(6, seed=3), slice(10, 16), slice(18, 24))
+    for image in trained.stream(bad):
+        found = image.regions(trained.threshold.value)
+        assert bool(found) == (image.score > trained.threshold.value)
+
+
+def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    fitted = model().fit(good(3, seed=1), progress=True)
+    fitted.score(good(4, seed=2), progress=True)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown
+    assert "4/4" in shown

@@ -134,6 +134,11 @@ class EAR:
         self.summary = EARSummary()
         self.skipped: list[SkippedImage] = []  # of the latest fit or score
 
+    @property
+    def map_threshold(self) -> Threshold | None:
+        """Of pixels: what is above is a region. The score is the highest pixel, so it is the same."""
+        return self.threshold
+
     def fit(self, images: ImageInput, *, strict: bool = False, progress: bool = False) -> "EAR":
         """Learn to rebuild normal images; forgets what an earlier fit learned.
 
