@@ -57,6 +57,7 @@ def test_with_one_text_and_no_grouping_it_is_clip() -> None:
     assert torch.equal(loss, expected)
     loss.backward()
     expected.backward()
+    assert not dream.grouping_loss.logit_scale.requires_grad
     for name, parameter in clip.named_parameters():
         other = dream.get_parameter(name)
         assert (other.grad is None) == (parameter.grad is None)
