@@ -171,6 +171,9 @@ def test_compactness_starts_late_and_sees_nothing_of_its_own_step() -> None:
     late = run_on(store, replace(options, start_step=3))
     late.train()
     assert ["compactness rgb" in each for each in late.losses[:4]] == [False] * 3 + [True]
+    after_a_pass = run_on(store, replace(options, start_step=None))
+    after_a_pass.train()
+    assert ["compactness rgb" in each for each in after_a_pass.losses[:3]] == [False, False, True]
     full = run_on(store, replace(options, start_fill=1.0))
     full.train()
     # Of two steps, the first half of the samples fills half of the memory, and the second the rest.

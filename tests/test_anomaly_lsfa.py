@@ -57,13 +57,11 @@ def test_without_adaptation_a_bank_is_that_of_patchcore() -> None:
     fitted = model(adaptation=None, xyz=None, coreset_ratio=1.0).fit(train)
     found = fitted.score(test)
     bank = fitted.banks["plate"].banks["rgb"]
-    centre, scale = fitted.banks["plate"].scales["rgb"]
+    spread = fitted.banks["plate"].spreads["rgb"]
     rows = torch.cat([Cells()(s.rgb[None]).features[0] for s in loaded(train)])
-    assert torch.allclose(
-        bank.features.sort(dim=0).values, ((rows - centre) / scale).sort(dim=0).values
-    )
+    assert torch.allclose(bank.features.sort(dim=0).values, (rows / spread).sort(dim=0).values)
     for sample, score in zip(loaded(test), found.scores, strict=True):
-        patches = (Cells()(sample.rgb[None]).features - centre) / scale
+        patches = Cells()(sample.rgb[None]).features / spread
         near = bank.search(patches[0])
         expected = SCORINGS["m3dm"].image_scores(near.distances.T, near.indices.T, patches, bank)
         assert score.item() == pytest.approx(float(expected), rel=1e-5)
@@ -84,6 +82,8 @@ def test_adapted_models_are_equal_for_equal_seeds_and_survive_a_file(tmp_path: P
     more = plates(seed=5).select(split="train")
     assert_same(again.fit(more, resume=True).score(test), fitted.fit(more, resume=True).score(test))
     assert again.num_seen == fitted.num_seen == 16
+    remembered = again.memories["rgb"].samples("plate")
+    assert set(remembered.tolist()) <= set(range(8, 16))  # none is taken for an earlier sample
     assert not torch.equal(model().fit(more).score(test).scores, again.score(test).scores)
 
 
@@ -232,6 +232,25 @@ def test_patches_without_points_score_nothing_in_any_bank() -> None:
     assert set(said) == {"rgb", "xyz"}
     assert not patches[0][~valid].any()
     assert image.isfinite().all()
+
+
+def test_points_are_not_invented_where_samples_are_resized() -> None:
+    (sample,) = loaded(plates(train=1, good=0, defective=0, size=80))
+    seen: list[torch.Tensor] = []
+
+    class Watching(Cells):
+        def __call__(self, values: torch.Tensor) -> Patches:
+            seen.append(values)
+            return super().__call__(values)
+
+    model(rgb=Watching(), xyz=Watching(), adaptation=None).fit([sample])
+    assert sample.xyz is not None
+    colours, points = seen
+    assert colours.shape == points.shape == (1, 3, SIZE, SIZE)
+    known = {tuple(point) for point in sample.xyz.flatten(1).T.tolist()}
+    assert {tuple(point) for point in points[0].flatten(1).T.tolist()} <= known
+    small = torch.nn.functional.avg_pool2d(sample.rgb, 5)
+    assert (small - torch.nn.functional.avg_pool2d(colours[0], 2)).abs().mean() < 0.02
 
 
 def test_modalities_that_do_not_fit_are_refused() -> None:

@@ -32,12 +32,11 @@ class Kept:
         return self._extractor.fingerprint()
 
 
-def adaptation(*, align: bool, compact: bool, epochs: int, samples: int) -> Adaptation:
-    """The defaults with a smaller head; compactness begins after the first pass."""
+def adaptation(*, align: bool, compact: bool, epochs: int) -> Adaptation:
+    """The defaults with a smaller head, and one or both of the losses."""
     return Adaptation(
         epochs=epochs,
         projection=128,
-        start_step=-(-samples // 8),
         local_alignment=1.0 if align else 0.0,
         global_alignment=0.1 if align else 0.0,
         compactness=0.9 if compact else 0.0,

@@ -28,7 +28,7 @@ def figures(seed: int, *, short: bool) -> Iterator[Figure]:
     train, test = _cells(np.random.default_rng(seed), size, short=short)
     extractor = Kept(BackbonePatches(dtype=torch.float32))
     labels = [bool(sample.defective) for sample in test]
-    compact = adaptation(align=False, compact=True, epochs=epochs, samples=len(train))
+    compact = adaptation(align=False, compact=True, epochs=epochs)
     found = {}
     for name, options in (("frozen", None), ("compactness", compact)):
         model = LSFA(extractor, None, adaptation=options, image_size=size, seed=seed).fit(train)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyfeat.anomaly.adaptors import Adaptation, Adaptor, alignment, compactness, means_of, spread_of
 from pyfeat.anomaly.class_memories import ClassMemories
+from pyfeat.anomaly.patches import Moments
 from pyfeat.anomaly.sample_features import SampleBatch
 
 _BETAS = (0.9, 0.95)
@@ -74,17 +75,10 @@ class PatchStore:
 
     def centre_and_scale(self, modality: str) -> tuple[Tensor, float]:
         """Mean (C,) of the features of valid patches, and their root mean square less that."""
-        count = 0
-        total, squares = torch.zeros(2, self._dims[modality], dtype=torch.float64)
+        moments = Moments(self._dims[modality])
         for numbers in self.batches(16):
-            rows = self.patches(modality, numbers)[self.valid(numbers)].double()
-            count += len(rows)
-            total += rows.sum(dim=0)
-            squares += rows.square().sum(dim=0)
-        mean = total / count
-        variance = float((squares / count - mean.square()).mean())
-        least = 1e-12 * float(squares.mean()) / count  # rounding alone may leave this much
-        return mean.float(), variance**0.5 if variance > least else 1.0
+            moments.add(self.patches(modality, numbers)[self.valid(numbers)])
+        return moments.centre(), moments.spread()
 
     def close(self) -> None:
         """Delete the files."""
@@ -151,6 +145,9 @@ class AdaptationRun:
                 {m: nn.Linear(store.dim(m), options.projection) for m in store.modalities}
             )
         self.losses: list[dict[str, float]] = []  # of every step, by name
+        self._steps_of_pass = -(-len(store) // options.batch_size)
+        start = options.start_step
+        self.start_step = self._steps_of_pass if start is None else start
 
     def train(self, update: Callable[[int], object] = lambda count: None) -> None:
         """Take all steps; ``update`` is called with the samples of each."""
@@ -159,7 +156,7 @@ class AdaptationRun:
         optimiser = torch.optim.AdamW(
             parameters, options.learning_rate, betas=_BETAS, weight_decay=options.weight_decay
         )
-        steps = options.epochs * -(-len(store) // options.batch_size)
+        steps = options.epochs * self._steps_of_pass
         rise = max(1, round(options.warmup * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser,
@@ -220,7 +217,7 @@ class AdaptationRun:
                         temperature=options.temperature,
                         negatives=options.negatives if name == "local alignment" else "batch",
                     )
-        if options.compactness and len(self.losses) >= options.start_step:
+        if options.compactness and len(self.losses) >= self.start_step:
             for m, patches in adapted.items():
                 spread = spread_of(patches, valid) if options.relative else torch.ones(())
                 share = options.compactness / spread

@@ -29,9 +29,10 @@ class Adaptation:
       other samples, at most ``max_distance``.
     - GC: the same for means.
 
-    Certain in the published code are the weights, the temperature, the capacities, the late start, the
-    bound and the betas; its learning rate is 3e-4 for batches of 8. Our choices: epochs instead of
-    accumulated steps, for sets of tens of samples; residual branches that begin at 0, so that training
+    Certain in the published code are the weights, the temperature, the capacities, the bound, the betas and
+    a learning rate of 3e-4 for batches of 8. It takes some 40 steps, each of 16 batches, and begins with
+    compactness after 60 batches. Our choices: about as many steps of one batch each for some sixty samples,
+    and compactness after the first pass; residual branches that begin at 0, so that training
     begins with the features as they are; the bound in root mean square distances of features from their
     mean, in place of sqrt(50) in units of the published extractors; that LC and GC are relative to the
     spread of patches, as scores are, for else they are least where all patches shrink alike; and that a sample is not compared
@@ -54,14 +55,14 @@ class Adaptation:
         relative: Divide LC and GC by the spread of the patches of the batch.
         capacity: Patches of a class that are remembered; no more than one pass has.
         global_capacity: Means of a class that are remembered.
-        start_step: First step with compactness.
+        start_step: First step with compactness; None: that after one pass over the samples.
         start_fill: Share of a memory that must be taken before its class is compared with it.
         max_distance: Beyond it patches are not pulled; see above.
         projection: Features of the heads.
         heads: Of attention, at most; the largest number that divides the features is taken.
     """
 
-    epochs: int = 20
+    epochs: int = 6
     batch_size: int = 8
     learning_rate: float = 3e-4
     warmup: float = 0.1
@@ -75,7 +76,7 @@ class Adaptation:
     relative: bool = True
     capacity: int = 60_000
     global_capacity: int = 100
-    start_step: int = 60
+    start_step: int | None = None
     start_fill: float = 0.95
     max_distance: float = 1.0
     projection: int = 512
@@ -92,7 +93,7 @@ class Adaptation:
         self._check("warmup", 0 <= self.warmup < 1, "be in [0, 1)")
         self._check("weight_decay", self.weight_decay >= 0, "be at least 0")
         self._check("start_fill", 0 < self.start_fill <= 1, "be in (0, 1]")
-        self._check("start_step", self.start_step >= 0, "be at least 0")
+        self._check("start_step", (self.start_step or 0) >= 0, "be at least 0")
         check_choice("Adaptation", "negatives", self.negatives, get_args(Negatives))
 
     def _check(self, name: str, holds: bool, expected: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyfeat.anomaly.draw import Draw
 from pyfeat.anomaly.fusion import ScoreFusion
 from pyfeat.anomaly.metrics import Threshold, normal_threshold
+from pyfeat.anomaly.patches import Moments
 from pyfeat.anomaly.scoring import Scoring
 from pyfeat.memory import MemoryBank
 
@@ -41,13 +42,14 @@ class CategoryBanks:
     """What is known of a class.
 
     Attributes:
-        scales: Mean and standard deviation of adapted features, by modality: banks hold them scaled.
+        spreads: Root mean square of adapted features less their mean, by modality: banks hold features
+            over it, so that distances are in spreads.
         banks: By modality; ids are (sample, patch).
         fusion: Of the scores of the banks, in their order.
         threshold: From normal samples, each scored without its own rows; None for a single sample.
     """
 
-    scales: dict[str, tuple[float, float]]
+    spreads: dict[str, float]
     banks: dict[str, MemoryBank]
     fusion: ScoreFusion
     threshold: Threshold | None = None
@@ -70,27 +72,19 @@ class CategoryBanks:
             options: See ``BankOptions``.
             progress: Show progress bars of the coresets.
         """
-        sums: dict[str, list[float]] = {}
+        moments: dict[str, Moments] = {}
         for features, valid in read():
             for m, batch in features.items():
-                rows = batch[valid].double()
-                parts = (rows.numel(), float(rows.sum()), float(rows.square().sum()))
-                sums[m] = [a + b for a, b in zip(sums.get(m, [0, 0, 0]), parts, strict=True)]
-        scales = {}
-        for m, (count, total, squares) in sums.items():
-            variance = squares / count - (total / count) ** 2
-            scales[m] = (
-                total / count,
-                variance**0.5 if variance > 1e-12 * squares / count else 1.0,
-            )
-        draws = {m: Draw(options.candidates, options.seed) for m in scales}
+                moments.setdefault(m, Moments(batch.shape[2])).add(batch[valid])
+        spreads = {m: found.spread() for m, found in moments.items()}
+        draws = {m: Draw(options.candidates, options.seed) for m in spreads}
         kept = Draw(_CALIBRATION_SAMPLES, options.seed)
         samples = 0
         for features, valid in read():
             numbers = torch.arange(samples, samples + len(valid))
             places = torch.cartesian_prod(numbers, torch.arange(valid.shape[1]))
             for m, batch in features.items():
-                scaled = (batch - scales[m][0]) / scales[m][1]
+                scaled = batch / spreads[m]
                 draws[m].add(scaled[valid], places[valid.flatten()])
             joined = torch.cat([*features.values(), valid[:, :, None].float()], dim=2)
             kept.add(joined, numbers)
@@ -105,7 +99,7 @@ class CategoryBanks:
                 projection=options.projection,
                 progress=progress,
             )
-        made = cls(scales, banks, fusion)
+        made = cls(spreads, banks, fusion)
         made._calibrate(*kept.result(), options)
         return made
 
@@ -130,7 +124,7 @@ class CategoryBanks:
     def state(self) -> dict[str, Any]:
         """All but the banks, for JSON."""
         return {
-            "scales": self.scales,
+            "spreads": self.spreads,
             "fusion": self.fusion.state(),
             "threshold": vars(self.threshold) if self.threshold else None,
         }
@@ -138,14 +132,13 @@ class CategoryBanks:
     @classmethod
     def from_state(cls, state: dict[str, Any], banks: dict[str, MemoryBank]) -> "CategoryBanks":
         """Make it again; KeyError, TypeError or ValueError if the state is not whole."""
-        scales = {m: (float(state["scales"][m][0]), float(state["scales"][m][1])) for m in banks}
+        spreads = {m: float(state["spreads"][m]) for m in banks}
         threshold = Threshold(**state["threshold"]) if state["threshold"] else None
-        return cls(scales, banks, ScoreFusion.from_state(state["fusion"]), threshold)
+        return cls(spreads, banks, ScoreFusion.from_state(state["fusion"]), threshold)
 
     def scaled(self, modality: str, features: Tensor) -> Tensor:
         """Features (..., C) as the bank of a modality holds them."""
-        centre, scale = self.scales[modality]
-        return (features - centre) / scale
+        return features / self.spreads[modality]
 
     def _calibrate(self, joined: Tensor, numbers: Tensor, options: BankOptions) -> None:
         """Fit fusion and threshold on samples, each against banks without its own rows.

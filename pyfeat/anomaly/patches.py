@@ -73,3 +73,34 @@ def check_patches(op: str, names: Sequence[str], patches: Tensor) -> None:
         name = names[int(finite.int().argmin())]
         message = f"{op}: backbone must give finite features, got NaN or infinity for {name}"
         raise ValueError(message)
+
+
+class Moments:
+    """Mean and spread of rows that come in parts.
+
+    Args:
+        dim: Features of a row.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self._count = 0
+        self._total, self._squares = torch.zeros(2, dim, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (n, D)."""
+        rows = rows.double()
+        self._count += len(rows)
+        self._total += rows.sum(dim=0)
+        self._squares += rows.square().sum(dim=0)
+
+    def centre(self) -> Tensor:
+        """(D,) float32: the mean; at least one row was taken in."""
+        mean: Tensor = self._total / self._count
+        return mean.float()
+
+    def spread(self) -> float:
+        """Root mean square of the features less the mean; 1 where all rows are equal."""
+        mean_squares = self._squares / self._count
+        variance = float((mean_squares - (self._total / self._count).square()).mean())
+        rounding = 1e-12 * float(mean_squares.mean())
+        return variance**0.5 if variance > rounding else 1.0
