@@ -77,6 +77,7 @@ def test_adapted_models_are_equal_for_equal_seeds_and_survive_a_file(tmp_path: P
     again = LSFA.load(tmp_path / "model", rgb=Cells(), xyz=Cells())
     assert_same(again.score(test), found)
     assert again.threshold == fitted.threshold
+    assert again.map_threshold == fitted.map_threshold is not None
     assert again.adaptation == fitted.adaptation
     # Memories and adaptors are there: going on is the same from the file as from memory.
     more = plates(seed=5).select(split="train")
@@ -140,6 +141,8 @@ def test_classes_have_banks_and_thresholds_of_their_own() -> None:
         fitted.score(plates(category="cup"))
     found = fitted.calibrate(both.select(split="test", defective=False))
     assert {c: t.num_normal for c, t in found.items()} == {"disc": 3, "plate": 3}
+    limits = [banks.map_threshold for banks in fitted.banks.values()]
+    assert [limit.num_normal for limit in limits if limit is not None] == [3, 3]
     assert fitted.banks["disc"].threshold == found["disc"]
 
 
@@ -150,18 +153,24 @@ def test_the_threshold_is_of_samples_scored_without_their_own_patches() -> None:
     assert fitted.threshold is not None
     assert fitted.threshold.num_normal == 8
     banks = fitted.banks["plate"]
-    scores = []
+    scores, peaks = [], []
     for number, (_, features, valid) in enumerate(fitted.adapted(train)):
-        said = []
+        said, maps = [], []
         for m, bank in banks.banks.items():
             rest = MemoryBank(bank.features[bank.ids[:, 0] != number])
             near = rest.search(features[m][valid])
             own = features[m][valid][None]
             said.append(SCORINGS["m3dm"].image_scores(near.distances.T, near.indices.T, own, rest))
+            spread = torch.zeros(len(valid)).masked_scatter(valid, near.distances[:, 0])
+            maps.append(SCORINGS["m3dm"].pixel_maps(spread.view(1, *GRID), (SIZE, SIZE)))
         scores.append(float(sum(said)) / 2)
+        peaks.append(float((maps[0] + maps[1]).max()) / 2)
     expected = normal_threshold(scores, false_alarm_rate=0.05)
     assert fitted.threshold.value == pytest.approx(expected.value, rel=1e-5)
     assert float(fitted.score(train).scores.max()) < fitted.threshold.value
+    assert fitted.map_threshold is not None
+    highest = normal_threshold(peaks, false_alarm_rate=0.05)
+    assert fitted.map_threshold.value == pytest.approx(highest.value, rel=1e-5)
 
 
 def test_an_interrupted_fit_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyfeat.anomaly.calibration import NormalScores
 from pyfeat.anomaly.draw import Draw
 from pyfeat.anomaly.fusion import ScoreFusion
-from pyfeat.anomaly.metrics import Threshold, normal_threshold
+from pyfeat.anomaly.metrics import Threshold
 from pyfeat.anomaly.patches import Moments
 from pyfeat.anomaly.scoring import Scoring
 from pyfeat.memory import MemoryBank
@@ -35,6 +36,8 @@ class BankOptions:
     projection: int | None
     false_alarm_rate: float
     seed: int
+    grid: tuple[int, int]  # rows and columns of the patches
+    size: tuple[int, int]  # of maps, in pixels
 
 
 @dataclass(eq=False)
@@ -47,12 +50,14 @@ class CategoryBanks:
         banks: By modality; ids are (sample, patch).
         fusion: Of the scores of the banks, in their order.
         threshold: From normal samples, each scored without its own rows; None for a single sample.
+        map_threshold: Likewise, of pixels: normal samples have none above it, as it promises.
     """
 
     spreads: dict[str, float]
     banks: dict[str, MemoryBank]
     fusion: ScoreFusion
     threshold: Threshold | None = None
+    map_threshold: Threshold | None = None
 
     @classmethod
     def learn(
@@ -127,21 +132,25 @@ class CategoryBanks:
             "spreads": self.spreads,
             "fusion": self.fusion.state(),
             "threshold": vars(self.threshold) if self.threshold else None,
+            "map_threshold": vars(self.map_threshold) if self.map_threshold else None,
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any], banks: dict[str, MemoryBank]) -> "CategoryBanks":
         """Make it again; KeyError, TypeError or ValueError if the state is not whole."""
         spreads = {m: float(state["spreads"][m]) for m in banks}
-        threshold = Threshold(**state["threshold"]) if state["threshold"] else None
-        return cls(spreads, banks, ScoreFusion.from_state(state["fusion"]), threshold)
+        thresholds = [
+            Threshold(**state[name]) if state[name] else None
+            for name in ("threshold", "map_threshold")
+        ]
+        return cls(spreads, banks, ScoreFusion.from_state(state["fusion"]), *thresholds)
 
     def scaled(self, modality: str, features: Tensor) -> Tensor:
         """Features (..., C) as the bank of a modality holds them."""
         return features / self.spreads[modality]
 
     def _calibrate(self, joined: Tensor, numbers: Tensor, options: BankOptions) -> None:
-        """Fit fusion and threshold on samples, each against banks without its own rows.
+        """Fit fusion and thresholds on samples, each against banks without its own rows.
 
         Args:
             joined: (n, N, sum of C + 1): features of all modalities, and 1 where a patch has a point.
@@ -149,7 +158,7 @@ class CategoryBanks:
             options: See ``BankOptions``.
         """
         widths = [bank.features.shape[1] for bank in self.banks.values()]
-        images, pixels = [], []
+        images, pixels, patches = [], [], []
         for number, own in zip(numbers, joined, strict=True):
             valid = own[None, :, -1] > 0
             found = []
@@ -162,13 +171,17 @@ class CategoryBanks:
                     found.append(_scores(rest, self.scaled(m, part[None]), valid, options.scoring))
             if len(found) == len(self.banks):
                 images.append(torch.cat([scores.images for scores in found]))
-                pixels.append(torch.stack([s.patches[0][valid[0]] for s in found], dim=1))
+                patches.append(torch.cat([scores.patches for scores in found]).T)  # [N, M]
+                pixels.append(patches[-1][valid[0]])
         nothing = torch.zeros(0, len(self.banks))
         alone = torch.stack(images) if images else nothing
         self.fusion.fit(alone, torch.cat(pixels) if pixels else nothing)
-        if images:
-            fused = self.fusion.images(alone)
-            self.threshold = normal_threshold(fused, false_alarm_rate=options.false_alarm_rate)
+        normal = NormalScores()
+        for image, of_patches in zip(images, patches, strict=True):
+            fused = self.fusion.pixels(of_patches).view(1, *options.grid)
+            heat_map = options.scoring.pixel_maps(fused, options.size)
+            normal.add(float(self.fusion.images(image)), heat_map)
+        self.threshold, self.map_threshold = normal.thresholds(options.false_alarm_rate)
 
 
 def _scores(bank: MemoryBank, patches: Tensor, valid: Tensor, scoring: Scoring) -> BankScores:

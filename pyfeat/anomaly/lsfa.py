@@ -10,13 +10,14 @@ from pyfeat._checks import check_choice
 from pyfeat._storage import PathLike, replaced_folder
 from pyfeat.anomaly.adaptation import AdaptorSet, PatchStore
 from pyfeat.anomaly.adaptors import Adaptation
+from pyfeat.anomaly.calibration import NormalScores
 from pyfeat.anomaly.category_banks import BankOptions, CategoryBanks
 from pyfeat.anomaly.class_memories import ClassMemories
 from pyfeat.anomaly.extractors import BackbonePatches, GeometryPatches, PatchExtractor
 from pyfeat.anomaly.fusion import FusionKind, ScoreFusion
 from pyfeat.anomaly.images import SkippedImage
 from pyfeat.anomaly.lsfa_fit import Earlier, learn_banks, pass_on, train_adaptors
-from pyfeat.anomaly.metrics import Threshold, normal_threshold
+from pyfeat.anomaly.metrics import Threshold
 from pyfeat.anomaly.progress import progress_bar
 from pyfeat.anomaly.results import AnomalyScores, ScoredImage
 from pyfeat.anomaly.sample_features import SampleBatch, SampleFeatures, Samples, resized
@@ -121,7 +122,15 @@ class LSFA:
     @property
     def threshold(self) -> Threshold | None:
         """Of the only class; None where there are several, see ``banks``, or a single sample."""
-        return next(iter(self.banks.values())).threshold if len(self.banks) == 1 else None
+        return self._of_only_class("threshold")
+
+    @property
+    def map_threshold(self) -> Threshold | None:
+        """Of pixels: what is above is a region, of which normal samples have none, as it promises.
+
+        None where there are several classes, see ``banks``, or a single sample.
+        """
+        return self._of_only_class("map_threshold")
 
     def fit(
         self,
@@ -133,7 +142,7 @@ class LSFA:
     ) -> "LSFA":
         """Learn what is normal; forgets what an earlier fit learned, unless it fails or is interrupted.
 
-        Fusion and threshold of a class are set from the scores of up to 100 of its samples, each against
+        Fusion and thresholds of a class are set from the scores of up to 100 of its samples, each against
         banks without its own patches. The adaptors have seen these samples; ``calibrate`` with others
         gives a guarantee.
 
@@ -178,6 +187,8 @@ class LSFA:
                 self.projection,
                 self.false_alarm_rate,
                 self.seed,
+                store.grid,
+                self.image_size,
             )
             fusion = ScoreFusion(self.fusion, weights=self.weights, seed=self.seed)
             banks = learn_banks(store, adaptors, fusion, options, progress=progress)
@@ -201,15 +212,19 @@ class LSFA:
         Raises:
             ValueError: If the model is not fitted, or no sample can be used.
         """
-        scores: dict[str, list[float]] = {}
-        for sample, score, _ in self._scored(samples, "calibrate", strict, progress):
-            scores.setdefault(sample.category, []).append(score)
-        if not scores:
+        normal: dict[str, NormalScores] = {}
+        scoring = SCORINGS[self.scoring]
+        for sample, score, patches in self._scored(samples, "calibrate", strict, progress):
+            heat_map = scoring.pixel_maps(patches.view(1, *self.grid), self.image_size)
+            normal.setdefault(sample.category, NormalScores()).add(score, heat_map)
+        if not normal:
             raise ValueError(self._nothing_left("calibrate"))
-        rate = self.false_alarm_rate
-        found = {c: normal_threshold(s, false_alarm_rate=rate) for c, s in scores.items()}
-        for category, threshold in found.items():
-            self.banks[category].threshold = threshold
+        found: dict[str, Threshold] = {}
+        for category, scores in normal.items():
+            banks = self.banks[category]
+            banks.threshold, banks.map_threshold = scores.thresholds(self.false_alarm_rate)
+            if banks.threshold is not None:
+                found[category] = banks.threshold
         return found
 
     def score(
@@ -340,6 +355,13 @@ class LSFA:
                 banks = self._banks_of(verb, sample)
                 _, fused, patches = banks.score(own, batch.valid[part], scoring)
                 yield sample, float(fused), patches[0]
+
+    def _of_only_class(self, name: str) -> Threshold | None:
+        if len(self.banks) != 1:
+            return None
+        (banks,) = self.banks.values()
+        threshold: Threshold | None = getattr(banks, name)
+        return threshold
 
     def _banks_of(self, verb: str, sample: Sample) -> CategoryBanks:
         if sample.category not in self.banks:

@@ -77,7 +77,8 @@ def about(model: Detector) -> About:
             f"LSFA on {names}, {'adapted' if model.adaptation else 'not adapted'}, of "
             f"{', '.join(model.categories)}."
         )
-        return About(sentence, model.num_seen, "fused distance to the nearest normal patches", None)
+        unit = "fused distance to the nearest normal patches"
+        return About(sentence, model.num_seen, unit, model.map_threshold)
     return About(f"{type(model).__name__}.", 0, "anomaly of the pixel", None)
 
 
