@@ -3,6 +3,10 @@
 #include "cuda/similarity/sums.cuh"
 
 namespace pyfeat::cuda {
+template <int M, int N>
+using SumsOf16Bits = SumsEpilogue<M, N, true>;
+template <int M, int N>
+using SumsOfFloat32 = SumsEpilogue<M, N, false>;
 
 void pair_sums(const PairSumsCall& call, const Queue& queue) {
     const Site site = site_of("pair_sums", call.pair, queue);
@@ -24,7 +28,7 @@ void pair_sums(const PairSumsCall& call, const Queue& queue) {
         params.columns = params.rows;
         params.columns.first_slot = plan.row_slots;
     }
-    launch_pairs<SumsEpilogue, SumsEpilogue, SumsEpilogue>(site, call.pair, schedule, params);
+    launch_pairs<SumsOf16Bits, SumsOf16Bits, SumsOfFloat32>(site, call.pair, schedule, params);
 }
 
 }  // namespace pyfeat::cuda

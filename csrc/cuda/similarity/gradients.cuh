@@ -3,6 +3,8 @@
 // stored to be multiplied with features.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/similarity/gradient_store.cuh"
 
 namespace pyfeat::cuda {
@@ -66,7 +68,7 @@ class GradientEpilogue {
         for (int group = 0; group < N / kGroupFragments; ++group) {
             const std::int64_t first = column + group * kGroupWidth;
             GradientGroup<M, Value> gradients;
-            if (context_.is_plain(first)) {
+            if (kLooks && context_.is_plain(first)) {
                 take<true>(products, group, first, gradients);
             } else {
                 take<false>(products, group, first, gradients);
@@ -83,6 +85,9 @@ class GradientEpilogue {
     }
 
   private:
+    // Products in float32 take so long that it does not pay to look for plain groups.
+    static constexpr bool kLooks = !std::is_same_v<Value, float>;
+
     // Hands the gradient of a group on, and adds up its products with a.b.
     template <bool kPlain>
     __device__ void take(const float (&products)[M][N][4],

@@ -15,8 +15,8 @@ struct SoftplusTileParams {
     GradientTiles gradient;
 };
 
-// A power and two divisions for each pair. Sums over eight pairs are added to those of a range, in
-// float32.
+// A power and two divisions for each pair, beside which it is little to ask which kind it is. Sums
+// over eight pairs are added to those of a range, in float32.
 template <int M, int N, typename Value>
 class SoftplusEpilogue {
   public:
@@ -47,10 +47,28 @@ class SoftplusEpilogue {
         for (int group = 0; group < N / kGroupFragments; ++group) {
             const std::int64_t first = column + group * kGroupWidth;
             GradientGroup<M, Value> gradients;
-            if (context_.is_plain(first)) {
-                take<true>(products, group, first, gradients);
-            } else {
-                take<false>(products, group, first, gradients);
+            Softplus sums[2 * M];
+#pragma unroll
+            for (int r = 0; r < 2 * M; ++r) {
+                sums[r].value = sums[r].sigmoid = 0.0F;
+            }
+#pragma unroll
+            for (int j = 0; j < kGroupFragments; ++j) {
+                const PairColumn left = context_.template column<false>(first, 2 * j);
+                const PairColumn right = context_.template column<false>(first, 2 * j + 1);
+#pragma unroll
+                for (int r = 0; r < 2 * M; ++r) {
+                    const Softplus low = pair(product_at(products, r, group, 2 * j), r, left);
+                    const Softplus high = pair(product_at(products, r, group, 2 * j + 1), r, right);
+                    sums[r].value += low.value + high.value;
+                    sums[r].sigmoid += low.sigmoid + high.sigmoid;
+                    gradients.set(r, j, weights_[r] * low.sigmoid, weights_[r] * high.sigmoid);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2 * M; ++r) {
+                softplus_[r] += sums[r].value;
+                sigmoids_[r] += sums[r].sigmoid;
             }
             if (params_.weights != nullptr) {
                 gradients.store(params_.gradient, context_, first, lane_);
@@ -74,41 +92,8 @@ class SoftplusEpilogue {
     }
 
   private:
-    // Hands the gradient of a group on, and adds up its softplus and sigmoids.
-    template <bool kPlain>
-    __device__ void take(const float (&products)[M][N][4],
-                         int group,
-                         std::int64_t first,
-                         GradientGroup<M, Value>& gradients) {
-        Softplus sums[2 * M];
-#pragma unroll
-        for (int r = 0; r < 2 * M; ++r) {
-            sums[r].value = sums[r].sigmoid = 0.0F;
-        }
-#pragma unroll
-        for (int j = 0; j < kGroupFragments; ++j) {
-            const PairColumn left = context_.template column<kPlain>(first, 2 * j);
-            const PairColumn right = context_.template column<kPlain>(first, 2 * j + 1);
-#pragma unroll
-            for (int r = 0; r < 2 * M; ++r) {
-                const Softplus low = pair<kPlain>(product_at(products, r, group, 2 * j), r, left);
-                const Softplus high =
-                    pair<kPlain>(product_at(products, r, group, 2 * j + 1), r, right);
-                sums[r].value += low.value + high.value;
-                sums[r].sigmoid += low.sigmoid + high.sigmoid;
-                gradients.set(r, j, weights_[r] * low.sigmoid, weights_[r] * high.sigmoid);
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < 2 * M; ++r) {
-            softplus_[r] += sums[r].value;
-            sigmoids_[r] += sums[r].sigmoid;
-        }
-    }
-
-    template <bool kPlain>
     __device__ Softplus pair(float product, int r, const PairColumn& column) const {
-        const PairKind kind = context_.template kind<kPlain>(r, column);
+        const PairKind kind = context_.template kind<false>(r, column);
         const float logit = context_.similarity_of(product, column) + bias_;
         const float z = kind.positive ? -logit : logit;
         const float t = power_of_two(-fabsf(z) * static_cast<float>(kLog2E));

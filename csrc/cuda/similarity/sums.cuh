@@ -38,8 +38,9 @@ struct SumsParams {
 
 // A thread keeps sums over its own columns of each of its rows for a whole range of tiles; sums
 // over rows leave the warp with every tile. Two powers for each pair. Sums of at most kGroupColumns
-// terms are added to those of a range, in float32.
-template <int M, int N>
+// terms are added to those of a range, in float32. kLooks: for plain groups, which does not pay
+// beside products in float32.
+template <int M, int N, bool kLooks>
 class SumsEpilogue {
   public:
     using Params = SumsParams;
@@ -77,7 +78,7 @@ class SumsEpilogue {
             }
             Exponents exponents;
             float positives[kGroupColumns];
-            if (context_.is_plain(first)) {
+            if (kLooks && context_.is_plain(first)) {
                 take<true>(products, group, first, exponents, positives);
             } else {
                 take<false>(products, group, first, exponents, positives);
