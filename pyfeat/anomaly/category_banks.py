@@ -186,8 +186,6 @@ class CategoryBanks:
 
 def _scores(bank: MemoryBank, patches: Tensor, valid: Tensor, scoring: Scoring) -> BankScores:
     """Scores of patches (B, N, C); those without a point, and samples without any, score 0."""
-    if scoring.unit_length:
-        patches = torch.nn.functional.normalize(patches, dim=-1)
     found = bank.search(patches[valid])
     distances = patches.new_zeros(valid.shape).masked_scatter(valid, found.distances[:, 0])
     indices = torch.zeros(valid.shape, dtype=torch.int64)
