@@ -52,7 +52,7 @@ def test_the_python_snippets_run_in_order(photos: Path, capsys: pytest.CaptureFi
 
 def test_the_pyfeat_commands_run(photos: Path) -> None:
     commands = [words[1:] for words in COMMANDS if words and words[0] == "pyfeat"]
-    kinds = ["fit", "score", "train", "train", "train", "fit", "info"]
+    kinds = ["fit", "score", "train", "train", "train", "fit", "export", "info"]
     assert [words[0] for words in commands] == kinds
     short = ["training.epochs=1", "training.batch_size=2", "network.width=8"]
     for words in commands:
@@ -61,6 +61,7 @@ def test_the_pyfeat_commands_run(photos: Path) -> None:
     assert (photos / "report" / "index.html").is_file()
     assert (photos / "report" / "ranking.csv").is_file()
     assert (photos / "run" / "curves.png").is_file()
+    assert (photos / "backbone" / "model.safetensors").is_file()
 
 
 def test_the_make_targets_and_extras_exist() -> None:
