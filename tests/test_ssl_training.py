@@ -17,8 +17,9 @@ pytest.importorskip("lightning")
 
 from pyfeat.ssl.checkpoints import FolderIO, checkpoints_of, read_weights
 from pyfeat.ssl.config import make_config
+from pyfeat.ssl.registry import SOURCES
 from pyfeat.ssl.runs import Run
-from pyfeat.ssl.training import fit
+from pyfeat.ssl.training import fit, make_objective
 from tests import support_ssl
 from tests.support_ssl import Tiny, loaded, same, tiny_config, tiny_values, write_images
 
@@ -184,6 +185,13 @@ def test_a_run_does_not_go_on_with_other_data(images: Path, whole: Run, tmp_path
     path.write_text(path.read_text().replace(str(images.parent), str(tmp_path)))
     with pytest.raises(ValueError, match=r"as many samples as those that .* on, 40, got 39$"):
         fit(make_config(values), resume=True)
+
+
+def test_what_is_due_after_a_step_is_done(whole: Run) -> None:
+    source = SOURCES.find("images").make(whole.config.data.options)
+    first, last = make_objective(whole.config, source).state_dict(), loaded(whole)["state_dict"]
+    assert not torch.equal(last["teacher.weight"], first["teacher.weight"])
+    assert not torch.equal(last["teacher.weight"], last["head.weight"])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
