@@ -37,6 +37,7 @@ def assert_same(loaded: PatchCore, saved: PatchCore) -> None:
         "coreset_ratio",
         "candidates",
         "scoring",
+        "kinds",
         "false_alarm_rate",
         "seed",
         "grid",
@@ -224,7 +225,8 @@ BROKEN: dict[str, tuple[type[Exception], str, Callable[[Path], None]]] = {
         r"name all 6 images that were learned, got 1 in .*images\.json",
         lambda folder: write(
             folder / "images.json",
-            '{"learned": [["a", [8, 8]]], "normal_scores": {"images": [], "peaks": []}}',
+            '{"learned": [["a", [8, 8]]], "scales": null, '
+            '"normal_scores": {"images": [], "peaks": []}}',
         ),
     ),
     "no bank": (

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pyfeat.anomaly.evaluation import collect, write_ranking
+from pyfeat.anomaly.evaluation import collect, heights, write_ranking
 from pyfeat.anomaly.gallery import Gallery, HeatScale, overlay
 from pyfeat.anomaly.patchcore import PatchCore
 from pyfeat.anomaly.regions import Box, Region
-from pyfeat.anomaly.samples import Dataset
+from pyfeat.anomaly.samples import Dataset, Sample
 from pyfeat.anomaly.synthesis import synthesise
 from tests.support_anomaly import Means, model, plates, scratched
 from tests.test_anomaly_report import Page
@@ -109,6 +109,18 @@ def test_a_page_shows_colours_heights_heat_and_mask_side_by_side(tmp_path: Path)
     gallery, regions = collect(fitted, data.select(split="test"))
     assert gallery.labels == [False, True, True, True]
     assert len(regions) == 4
+
+
+def test_there_is_no_height_where_there_is_no_point() -> None:
+    xyz = torch.ones(3, 2, 2)
+    xyz[:, 0, 1] = 0.0
+    xyz[2, 1, 0] = 0.0  # a point at height 0
+    sample = Sample("a", "b", "test", "good", False, torch.zeros(3, 2, 2), xyz)
+    found = heights(sample)
+    assert found is not None
+    assert found.isnan().tolist() == [[False, True], [False, False]]
+    assert heights(Sample("a", "b", "test", "good", False, torch.zeros(3, 2, 2))) is None
+    assert heights(None) is None
 
 
 def test_labels_are_shown_only_if_all_are_known() -> None:

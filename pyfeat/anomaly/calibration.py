@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from pyfeat.anomaly.image_kinds import ImageKinds
 from pyfeat.anomaly.metrics import Threshold, normal_threshold
 from pyfeat.anomaly.scoring import Scoring
 from pyfeat.memory import MemoryBank
@@ -25,6 +27,19 @@ class NormalScores:
         """Note one image."""
         self.images.append(score)
         self.peaks.append(float(heat_map.max()))
+
+    def scale_by_kind(self, centres: Tensor, features: Tensor) -> ImageKinds:
+        """Learn the scale of each kind from the scores, and bring them to it.
+
+        Args:
+            centres: (K, D) of the kinds.
+            features: (n, D) of the images, in the order of the scores.
+        """
+        features = features[: len(self.images)]
+        scores = torch.tensor(self.images)
+        scales = ImageKinds.fitted(centres, scores, features)
+        self.images = scales.relative(scores, features).tolist() if self.images else []
+        return scales
 
     def copy(self) -> "NormalScores":
         """The same scores, to add others to."""
@@ -53,7 +68,8 @@ def leave_one_out(
     *,
     grid: tuple[int, int],
     size: tuple[int, int],
-) -> NormalScores:
+    kinds: Tensor | None = None,
+) -> tuple[NormalScores, ImageKinds | None]:
     """Score images that a bank was made of, each against the bank without its own rows.
 
     A single image has no other to compare it with, and no score.
@@ -65,12 +81,17 @@ def leave_one_out(
         images: (B,) their numbers.
         grid: Rows and columns of the patches.
         size: Of the maps, in pixels.
+        kinds: (K, D) centres, to bring the scores to the scale of their kinds; None leaves them.
+
+    Returns:
+        The scores, and the scales of the kinds.
     """
     normal = NormalScores()
+    features = patches.mean(dim=1)
     for image, own in zip(images, patches, strict=True):
         others = bank.ids[:, 0] != image
         if others.any():
             rest = MemoryBank(bank.features[others])
             scores, maps = scoring.judge(own[None], rest, grid, size)
             normal.add(float(scores), maps[0])
-    return normal
+    return normal, None if kinds is None else normal.scale_by_kind(kinds, features)

@@ -8,21 +8,29 @@ package elpv-dataset, CC BY-NC-SA 4.0, which is not part of this distribution.
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyfeat._extras import require
 from pyfeat._storage import replaced_folder
+from pyfeat.anomaly import samples
 from pyfeat.anomaly.evaluation import PAGE, collect, describe_threshold
 from pyfeat.anomaly.metrics import average_precision, f1_optimal_threshold, image_auroc
 from pyfeat.anomaly.models import about
 from pyfeat.anomaly.patchcore import PatchCore
+from pyfeat.anomaly.readers.files import FileRecord
 from pyfeat.anomaly.report import Report, write_report
+from pyfeat.anomaly.samples import Dataset
 from pyfeat.anomaly.scoring import SCORINGS
 
 METRICS = "metrics.json"
+
+# Cells are lit unevenly: features of unit length leave the brightness out of a comparison.
+CELLS: Mapping[str, Any] = {"scoring": "anomalydino"}
 
 
 class Split(NamedTuple):
@@ -34,23 +42,24 @@ class Split(NamedTuple):
     defective: list[bool]  # of ``test``
 
 
-def elpv_split(cells: str) -> Split:
+def elpv_split(cells: str, *, seed: int = 0) -> Split:
     """Divide the cells of one type, or of "all": 70 % of the good ones are learned from.
 
     Good are the cells of defect probability 0, defective those of probability 1; the unsure ones
     between are left out.
 
+    Args:
+        cells: "mono", "poly" or "all".
+        seed: Decides which good cells are learned from.
+
     Raises:
         ImportError: If elpv-dataset is not installed.
     """
-    package = require("elpv_dataset", extra="demo", op="pyfeat demo")
-    folder = Path(package.__path__[0]) / "data"
-    table = np.genfromtxt(folder / "labels.csv", dtype=None, encoding="ascii")
-    names, probability, kind = table["f0"], table["f1"], table["f2"]
+    folder, names, probability, kind = _labels()
     chosen = np.ones(len(names), bool) if cells == "all" else kind == cells
     good = np.flatnonzero(chosen & (probability == 0))
     defective = np.flatnonzero(chosen & (probability == 1))
-    np.random.default_rng(0).shuffle(good)
+    np.random.default_rng(seed).shuffle(good)
     count = int(0.7 * len(good))
     paths = [folder / name for name in names]
     test = [*good[count:], *defective]
@@ -60,6 +69,41 @@ def elpv_split(cells: str) -> Split:
         [paths[i] for i in test],
         [False] * (len(good) - count) + [True] * len(defective),
     )
+
+
+def unsure_cells() -> list[Path]:
+    """The cells of which raters were unsure, in no part of ``elpv_split``."""
+    folder, names, probability, _ = _labels()
+    unsure = (probability > 0) & (probability < 1)
+    return [folder / name for name in names[unsure]]
+
+
+def solar_cells(*, seed: int = 0) -> Dataset:
+    """All cells as a data set with the categories "mono" and "poly", without masks.
+
+    Both are divided as one, as by ``elpv_split("all")``; arguments and errors as there.
+    """
+    split = elpv_split("all", seed=seed)
+    folder, names, _, kinds = _labels()
+    kind_of = {folder / name: str(kind) for name, kind in zip(names, kinds, strict=True)}
+    parts: tuple[tuple[samples.Split, Path, bool], ...] = (
+        *(("train", path, False) for path in split.train),
+        *(("test", path, bad) for path, bad in zip(split.test, split.defective, strict=True)),
+    )
+    records = []
+    for part, path, defective in parts:
+        category, kind = kind_of[path], "defective" if defective else samples.GOOD
+        name = f"{category}/{part}/{kind}/{path.stem}"
+        records.append(FileRecord(name, category, part, kind, defective, path))
+    return Dataset(sorted(records, key=lambda record: record.category), op="solar_cells")
+
+
+def _labels() -> tuple[Path, NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Folder of the package, and of each cell its file, defect probability and type."""
+    package = require("elpv_dataset", extra="demo", op="pyfeat demo")
+    folder = Path(package.__path__[0]) / "data"
+    table = np.genfromtxt(folder / "labels.csv", dtype=None, encoding="ascii")
+    return folder, table["f0"], table["f1"], table["f2"]
 
 
 def run_demo(cells: str, out: Path, *, force: bool = False) -> dict[str, Any]:
@@ -80,8 +124,7 @@ def run_demo(cells: str, out: Path, *, force: bool = False) -> dict[str, Any]:
     with replaced_folder("pyfeat demo", out, marker=METRICS, force=force) as folder:
         began = time.perf_counter()
         split = elpv_split(cells)
-        # Cells are lit unevenly: features of unit length leave the brightness out of a comparison.
-        model = PatchCore(scoring="anomalydino")
+        model = PatchCore(**CELLS)
         model.fit(split.train, strict=True, progress=True)
         fitted = time.perf_counter()
         shown = [str(path.relative_to(split.folder)) for path in split.test]

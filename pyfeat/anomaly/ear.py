@@ -12,7 +12,7 @@ from torch import Tensor
 from pyfeat._storage import PathLike, replaced_folder
 from pyfeat.anomaly.ear_files import MANIFEST, EARSummary, read_files, write_files
 from pyfeat.anomaly.excision import Excision
-from pyfeat.anomaly.images import ImageInput, ImageStream, SkippedImage, batched
+from pyfeat.anomaly.images import ImageInput, ImageStream, SkippedImage, batched, nothing_left
 from pyfeat.anomaly.metrics import Threshold, normal_threshold
 from pyfeat.anomaly.progress import progress_bar
 from pyfeat.anomaly.reconstruction import (
@@ -206,7 +206,7 @@ class EAR:
         """
         scores = [result.score for result in self.stream(images, strict=strict, progress=progress)]
         if not scores:
-            raise ValueError(self._nothing_left("calibrate"))
+            raise ValueError(nothing_left("EAR.calibrate", self.skipped))
         self.threshold = normal_threshold(scores, false_alarm_rate=self.false_alarm_rate)
         return self.threshold
 
@@ -331,15 +331,8 @@ class EAR:
         pixels = [image.pixels.half() for image in stream]
         self.skipped = stream.skipped
         if not pixels:
-            raise ValueError(self._nothing_left("fit"))
+            raise ValueError(nothing_left("EAR.fit", self.skipped))
         return torch.stack(pixels)
-
-    def _nothing_left(self, verb: str) -> str:
-        reasons = "".join(f"\n  {image.name}: {image.reason}" for image in self.skipped[:10])
-        return (
-            f"EAR.{verb}: images must hold at least one that can be read, "
-            f"got none ({len(self.skipped)} skipped){reasons}"
-        )
 
     def _shown_in_training(self, images: Tensor, generator: torch.Generator) -> Tensor:
         excision = self.excision

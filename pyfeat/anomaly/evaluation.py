@@ -62,7 +62,7 @@ def collect(
             image.heat_map,
             label,
             image.shape,
-            height=_heights(sample),
+            height=heights(sample),
             mask=None if sample is None else sample.mask,
             regions=regions[-1],
         )
@@ -80,7 +80,7 @@ def _scored(
             yield image, None
 
 
-def _heights(sample: Sample | None) -> Tensor | None:
+def heights(sample: Sample | None) -> Tensor | None:
     """(H, W): the third coordinate of the points, NaN where there is none."""
     if sample is None or sample.xyz is None:
         return None

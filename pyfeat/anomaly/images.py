@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -58,6 +58,15 @@ class SkippedImage:
 
     name: str
     reason: str
+
+
+def nothing_left(op: str, skipped: Sequence[SkippedImage], what: str = "images") -> str:
+    """Say that nothing could be read, and why."""
+    reasons = "".join(f"\n  {image.name}: {image.reason}" for image in skipped[:10])
+    return (
+        f"{op}: {what} must hold at least one that can be read, got none ({len(skipped)} skipped)"
+        f"{reasons}"
+    )
 
 
 class ImageStream:

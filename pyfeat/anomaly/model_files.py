@@ -15,6 +15,7 @@ from torch import nn
 
 from pyfeat._storage import check_version
 from pyfeat.anomaly.calibration import NormalScores
+from pyfeat.anomaly.image_kinds import ImageKinds
 from pyfeat.anomaly.metrics import Threshold
 from pyfeat.anomaly.results import LearnedImage
 from pyfeat.features import Backbone, load_backbone
@@ -33,6 +34,7 @@ _SETTINGS = (
     "coreset_ratio",
     "candidates",
     "scoring",
+    "kinds",
     "false_alarm_rate",
     "seed",
 )
@@ -83,6 +85,7 @@ def write_files(model: "PatchCore", folder: Path) -> None:
     known = {
         "learned": model.learned,  # as [name, [height, width]]
         "normal_scores": dataclasses.asdict(model.normal_scores),
+        "scales": model.scales.state() if model.scales else None,
     }
     (folder / _IMAGES).write_text(json.dumps(known) + "\n", encoding="utf-8")
     # Arguments may have been NumPy scalars, which JSON does not know.
@@ -118,6 +121,8 @@ def read_files(
         known = json.loads((folder / _IMAGES).read_text(encoding="utf-8"))
         model.learned = [LearnedImage(name, (h, w)) for name, (h, w) in known["learned"]]
         model.normal_scores = NormalScores(**known["normal_scores"])
+        scales = known["scales"]
+        model.scales = ImageKinds.from_state(scales) if scales else None
     except (KeyError, TypeError, IndexError, OSError, ValueError) as error:
         message = f"{op}: path must hold a whole model, got {folder / MANIFEST} ({error!r})"
         raise ValueError(message) from error

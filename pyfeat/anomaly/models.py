@@ -58,9 +58,10 @@ def about(model: Detector) -> About:
     """Describe a fitted model of any kind."""
     if isinstance(model, PatchCore):
         scoring, summary = SCORINGS[model.scoring], model.summary
+        scale = ", on the scale of their kind" if model.scales else ""
         sentence = (
             f"PatchCore on {model.backbone.name}, {summary.num_rows:,} of {summary.num_patches:,} "
-            f"normal patches in memory, scores as in {scoring.source}."
+            f"normal patches in memory, scores as in {scoring.source}{scale}."
         )
         return About(sentence, summary.num_images, scoring.unit, model.map_threshold)
     if isinstance(model, EAR):

@@ -12,12 +12,20 @@ from pyfeat._checks import check_choice
 from pyfeat._storage import PathLike, replaced_folder
 from pyfeat.anomaly.calibration import NormalScores, leave_one_out
 from pyfeat.anomaly.draw import Draw
-from pyfeat.anomaly.images import ImageInput, ImageStream, Item, NamedImage, SkippedImage, batched
+from pyfeat.anomaly.image_kinds import ImageKinds, find_kinds
+from pyfeat.anomaly.images import (
+    ImageInput,
+    ImageStream,
+    Item,
+    NamedImage,
+    SkippedImage,
+    batched,
+    nothing_left,
+)
 from pyfeat.anomaly.metrics import Threshold
 from pyfeat.anomaly.model_files import MANIFEST, FitSummary, read_files, write_files
 from pyfeat.anomaly.patches import check_patches, patch_ids, patches_of_maps
 from pyfeat.anomaly.progress import progress_bar
-from pyfeat.anomaly.regions import cell_box
 from pyfeat.anomaly.results import AnomalyScores, LearnedImage, NearestPatch, ScoredImage
 from pyfeat.anomaly.scoring import SCORINGS, ScoringName
 from pyfeat.features import Backbone, load_backbone
@@ -45,6 +53,8 @@ class PatchCore:
             memory and time of a fit. None takes all.
         scoring: Published definition of the scores: "paper", "official", "anomalib", "m3dm" or
             "anomalydino"; see ``pyfeat.anomaly.scoring``.
+        kinds: Kinds of images to tell apart, without labels, where several are learned together; with
+            more than 1, image scores are on the scale of each kind, see ``image_kinds.ImageKinds``.
         false_alarm_rate: Of the threshold set by ``fit`` and ``calibrate``, in (0, 1).
         seed: Decides the draw of candidates and the first pick; equal seeds give equal models.
         batch_size: Images per pass through the backbone.
@@ -57,8 +67,7 @@ class PatchCore:
         ImportError: If an optional package of the backbone is missing.
 
     Memory: images are streamed; a fit holds at most 12 D bytes a candidate, and scoring one batch.
-    Source: Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022,
-    arXiv:2106.08265.
+    Source: Roth et al., PatchCore, CVPR 2022, arXiv:2106.08265; kinds are a choice made here.
     """
 
     def __init__(
@@ -71,6 +80,7 @@ class PatchCore:
         coreset_ratio: float = 0.1,
         candidates: int | None = 100_000,
         scoring: ScoringName = "paper",
+        kinds: int = 1,
         false_alarm_rate: float = 0.05,
         seed: int = 0,
         batch_size: int = 16,
@@ -85,23 +95,22 @@ class PatchCore:
         _check("neighbourhood", odd, "be odd and positive", neighbourhood)
         _check("coreset_ratio", 0.0 < coreset_ratio <= 1.0, "be in (0, 1]", coreset_ratio)
         _check("candidates", candidates is None or candidates >= 1, "be at least 1", candidates)
+        _check("kinds", kinds >= 1, "be at least 1", kinds)
         _check("batch_size", batch_size >= 1, "be at least 1", batch_size)
-        in_range = 0.0 < false_alarm_rate < 1.0
-        _check("false_alarm_rate", in_range, "be in (0, 1)", false_alarm_rate)
+        rate = false_alarm_rate
+        _check("false_alarm_rate", 0.0 < rate < 1.0, "be in (0, 1)", rate)
         self.backbone = load_backbone(
             backbone, layers=layers, device=device, dtype=dtype, compile=compile
         )
         self.image_size: tuple[int, int] = (size[0], size[1])
-        self.neighbourhood = neighbourhood
-        self.coreset_ratio = coreset_ratio
-        self.candidates = candidates
+        self.neighbourhood, self.kinds = neighbourhood, kinds
+        self.coreset_ratio, self.candidates = coreset_ratio, candidates
         self.scoring: ScoringName = scoring
-        self.false_alarm_rate = false_alarm_rate
-        self.seed = seed
-        self.batch_size = batch_size
+        self.false_alarm_rate, self.seed, self.batch_size = false_alarm_rate, seed, batch_size
         self.bank = MemoryBank()  # ids are (image, row, column) of the patch
         self.learned: list[LearnedImage] = []  # by the first number of those ids
         self.grid = (0, 0)  # patches of an image, rows and columns
+        self.scales: ImageKinds | None = None  # of image scores; None with one kind
         self.normal_scores = NormalScores()  # that the thresholds were set from
         self.threshold: Threshold | None = None  # of image scores
         self.map_threshold: Threshold | None = None  # of pixels: what is above is a region
@@ -132,15 +141,17 @@ class PatchCore:
         candidates = Draw(self.candidates, self.seed)
         calibration = Draw(_CALIBRATION_IMAGES, self.seed)
         learned: list[LearnedImage] = []
+        means: list[Tensor] = []  # of the patches of each image
         grid = (0, 0)
         with summary.timed("features"):
             for batch, patches, grid in self._patches(images, "fit", strict, progress):
                 count = len(learned)
                 candidates.add(patches.flatten(0, 1), patch_ids(count, len(batch), grid))
                 calibration.add(patches, torch.arange(count, count + len(batch)))
+                means.append(patches.mean(dim=1))
                 learned += [LearnedImage(image.name, image.shape) for image in batch]
         if not learned:
-            raise ValueError(self._nothing_left("fit"))
+            raise ValueError(nothing_left("PatchCore.fit", self.skipped))
         with summary.timed("coreset"):
             features, ids = candidates.result()
             bank = MemoryBank(features, ids=ids)
@@ -150,10 +161,17 @@ class PatchCore:
         summary.num_images, summary.num_rows = len(learned), len(bank)
         summary.num_patches = len(learned) * grid[0] * grid[1]
         with summary.timed("threshold"):
-            normal = leave_one_out(
-                SCORINGS[self.scoring], bank, *calibration.result(), grid=grid, size=self.image_size
+            kinds = find_kinds(torch.cat(means), self.kinds, seed=self.seed)
+            normal, scales = leave_one_out(
+                SCORINGS[self.scoring],
+                bank,
+                *calibration.result(),
+                grid=grid,
+                size=self.image_size,
+                kinds=kinds if self.kinds > 1 else None,
             )
-        self.bank, self.learned, self.grid, self.summary = bank, learned, grid, summary
+        self.bank, self.learned, self.grid = bank, learned, grid
+        self.summary, self.scales = summary, scales
         self._set_thresholds(normal)
         return self
 
@@ -183,7 +201,7 @@ class PatchCore:
         """
         if not len(self.bank):
             return self.fit(images, strict=strict, progress=progress)
-        scoring, radius = SCORINGS[self.scoring], self.summary.radius
+        radius = self.summary.radius
         summary = replace(self.summary, seconds=dict(self.summary.seconds))
         bank = MemoryBank(self.bank.features, ids=self.bank.ids)
         normal = self.normal_scores.copy()
@@ -191,12 +209,12 @@ class PatchCore:
         with summary.timed("partial_fit"):
             for batch, patches, grid in self._patches(images, "partial_fit", strict, progress):
                 for image, own in zip(batch, patches, strict=True):
-                    scores, maps = scoring.judge(own[None], bank, grid, self.image_size)
+                    scores, maps = self._judge(own[None], bank, grid)
                     normal.add(float(scores), maps[0])
                     bank.cover(own, patch_ids(len(learned), 1, grid), radius=radius)
                     learned.append(LearnedImage(image.name, image.shape))
         if len(learned) == len(self.learned):
-            raise ValueError(self._nothing_left("partial_fit"))
+            raise ValueError(nothing_left("PatchCore.partial_fit", self.skipped))
         summary.num_images, summary.num_rows = len(learned), len(bank)
         summary.num_patches = len(learned) * self.grid[0] * self.grid[1]
         self.bank, self.learned, self.summary = bank, learned, summary
@@ -221,7 +239,7 @@ class PatchCore:
             normal.add(result.score, result.heat_map)
         threshold = self._set_thresholds(normal)
         if threshold is None:
-            raise ValueError(self._nothing_left("calibrate"))
+            raise ValueError(nothing_left("PatchCore.calibrate", self.skipped))
         return threshold
 
     def score(
@@ -249,9 +267,8 @@ class PatchCore:
     ) -> Iterator[ScoredImage]:
         """Score images one batch at a time, in order; arguments and errors as ``score``."""
         self._check_fitted("score")
-        scoring = SCORINGS[self.scoring]
         for batch, patches, grid in self._patches(images, "score", strict, progress):
-            scores, maps = scoring.judge(patches, self.bank, grid, self.image_size)
+            scores, maps = self._judge(patches, self.bank, grid)
             for image, value, heat_map in zip(batch, scores.tolist(), maps, strict=True):
                 yield ScoredImage(image.name, image.pixels, value, heat_map, image.shape)
 
@@ -275,13 +292,7 @@ class PatchCore:
         shape = batch[0].shape
         inside = 0 <= row < shape[0] and 0 <= column < shape[1]
         _check("row and column", inside, f"be a pixel of {shape[0]} x {shape[1]}", (row, column))
-        cell = (row * grid[0] // shape[0], column * grid[1] // shape[1])
-        at = cell[0] * grid[1] + cell[1]
-        distance, index = (part[0, 0] for part in self.bank.search(patches[0, at : at + 1]))
-        number, *found = self.bank.ids[index].tolist()
-        name, learned_shape = self.learned[number]
-        box = cell_box((found[0], found[1]), grid, learned_shape)
-        return NearestPatch(name, box, float(distance), cell_box(cell, grid, shape))
+        return NearestPatch.found(self.bank, self.learned, patches[0], grid, shape, (row, column))
 
     def save(self, path: PathLike, *, force: bool = False) -> None:
         """Write the model to a folder; an interrupted save leaves an older one whole.
@@ -363,6 +374,15 @@ class PatchCore:
             patches = functional.normalize(patches, dim=-1)
         return patches, grid
 
+    def _judge(
+        self, patches: Tensor, bank: MemoryBank, grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores (B,), on the scale of their kinds, and maps of images by patches (B, P, D)."""
+        scores, maps = SCORINGS[self.scoring].judge(patches, bank, grid, self.image_size)
+        if self.scales is not None:
+            scores = self.scales.relative(scores, patches.mean(dim=1))
+        return scores, maps
+
     def _set_thresholds(self, normal: NormalScores) -> Threshold | None:
         self.normal_scores = normal
         self.threshold, self.map_threshold = normal.thresholds(self.false_alarm_rate)
@@ -372,13 +392,6 @@ class PatchCore:
         if not len(self.bank):
             message = f"PatchCore.{verb}: model must be fitted first, got an empty memory bank"
             raise ValueError(message)
-
-    def _nothing_left(self, verb: str) -> str:
-        reasons = "".join(f"\n  {image.name}: {image.reason}" for image in self.skipped[:10])
-        return (
-            f"PatchCore.{verb}: images must hold at least one that can be read, "
-            f"got none ({len(self.skipped)} skipped){reasons}"
-        )
 
 
 def _check(name: str, holds: bool, expected: str, got: object) -> None:

@@ -1,13 +1,14 @@
 """What scoring gives, whichever model does it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyfeat.anomaly.regions import Box, Region, find_regions
+from pyfeat.anomaly.regions import Box, Region, cell_box, find_regions
+from pyfeat.memory import MemoryBank
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,3 +69,31 @@ class NearestPatch(NamedTuple):
     box: Box  # in that image, before it was resized
     distance: float  # euclidean, between features
     asked: Box  # the patch of the image asked about, before it was resized
+
+    @classmethod
+    def found(
+        cls,
+        bank: MemoryBank,
+        learned: Sequence[LearnedImage],
+        patches: Tensor,
+        grid: tuple[int, int],
+        shape: tuple[int, int],
+        pixel: tuple[int, int],
+    ) -> "NearestPatch":
+        """Search for the patch at a pixel.
+
+        Args:
+            bank: Its ids are image, row and column of a patch.
+            learned: The images, by the first of these.
+            patches: (P, D) of the image asked about, P = h w.
+            grid: (h, w), of every image.
+            shape: (H, W) of the image asked about.
+            pixel: Row and column in it.
+        """
+        cell = (pixel[0] * grid[0] // shape[0], pixel[1] * grid[1] // shape[1])
+        at = cell[0] * grid[1] + cell[1]
+        distance, index = (part[0, 0] for part in bank.search(patches[at : at + 1]))
+        number, row, column = bank.ids[index].tolist()
+        name, learned_shape = learned[number]
+        box = cell_box((row, column), grid, learned_shape)
+        return cls(name, box, float(distance), cell_box(cell, grid, shape))
