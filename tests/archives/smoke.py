@@ -44,6 +44,8 @@ def search(device: str) -> None:
     near = pyfeat.range_search(queries.cpu(), memory.cpu(), radius=5.0)
     within = torch.cdist(queries.cpu().double(), memory.cpu().double()) <= 5.0
     close("range_search", near.offsets.diff(), within.sum(dim=1))
+    nearest = reference.knn(queries.cpu(), memory.cpu(), 1, "euclidean")[0]
+    close("bank_min_distance", pyfeat.bank_min_distance(queries, memory), nearest.mean())
     rows = pyfeat.knn(queries.cpu().numpy(), memory.cpu().numpy()).indices
     if not isinstance(rows, np.ndarray):
         message = f"knn: NumPy in must give NumPy out, got {type(rows)}"
