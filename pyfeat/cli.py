@@ -109,6 +109,12 @@ def fit(
     scoring: Annotated[
         ScoringChoice, typer.Option(help="Published definition of the scores.")
     ] = ScoringChoice.paper,
+    neighbourhood: Annotated[
+        int, typer.Option(help="Side of the square of cells over which features are averaged; odd.")
+    ] = 3,
+    kinds: Annotated[
+        int, typer.Option(help="Kinds of images that are learned together, found without labels.")
+    ] = 1,
     false_alarm_rate: Annotated[
         float, typer.Option(help="Of the threshold, for unseen normal images.")
     ] = 0.05,
@@ -132,7 +138,9 @@ def fit(
             image_size=image_size,
             coreset_ratio=coreset_ratio,
             candidates=candidates,
+            neighbourhood=neighbourhood,
             scoring=scoring.value,
+            kinds=kinds,
             false_alarm_rate=false_alarm_rate,
             seed=seed,
             batch_size=batch_size,

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from pyfeat.anomaly import synthesise, write_dataset
 from pyfeat.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,8 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for i in range(3):
             pixels = rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / folder / f"{i}.png")
+    bottles = synthesise(train=2, good=1, defective=1, size=32, category="bottle")
+    write_dataset(bottles, tmp_path / "data", layout="mvtec_ad")
     [yaml] = [block for language, block in BLOCKS if language == "yaml"]
     (tmp_path / "run.yaml").write_text(yaml)
     monkeypatch.chdir(tmp_path)
@@ -52,7 +55,7 @@ def test_the_python_snippets_run_in_order(photos: Path, capsys: pytest.CaptureFi
 
 def test_the_pyfeat_commands_run(photos: Path) -> None:
     commands = [words[1:] for words in COMMANDS if words and words[0] == "pyfeat"]
-    kinds = ["fit", "score", "train", "train", "train", "fit", "export", "info"]
+    kinds = ["fit", "score", "fit", "evaluate", "train", "train", "train", "fit", "export", "info"]
     assert [words[0] for words in commands] == kinds
     short = ["training.epochs=1", "training.batch_size=2", "network.width=8"]
     for words in commands:
@@ -60,6 +63,7 @@ def test_the_pyfeat_commands_run(photos: Path) -> None:
         assert result.exit_code == 0, result.output
     assert (photos / "report" / "index.html").is_file()
     assert (photos / "report" / "ranking.csv").is_file()
+    assert (photos / "table" / "evaluation.md").is_file()
     assert (photos / "run" / "curves.png").is_file()
     assert (photos / "backbone" / "model.safetensors").is_file()
 
