@@ -25,9 +25,8 @@ ABOUT = """
 transformer of 128 features (3 blocks), on solar cells drawn with replacement and captions that name them. A step
 is forward, loss and backward over the whole batch, on one thread; its peak memory is the growth of a fresh
 process, images and captions included. `cached_step` encodes 256 samples at a time; the plain step encodes all at
-once. Their gradients are compared over all parameters together, in the norm. `SimCLR` is that of the solar cells
-(`ResNet` of width 32, views of 64 × 64 pixels); its contrast is `nt_xent` of the step's projections, forward and
-backward.
+once. Their gradients are compared over all parameters together, in the norm. `SimCLR` has its defaults (`ResNet`
+of width 32, views of 64 × 64 pixels); its contrast is `nt_xent` of as many projections, forward and backward.
 """
 LIMIT_MB = 24 * 1024
 CHUNK = 256
@@ -45,7 +44,7 @@ class Size:
     rounds: int
 
 
-FULL = Size(large=16_384, small=2_048, views=1_024, side=64, every=1, rounds=3)
+FULL = Size(large=16_384, small=2_048, views=1_024, side=64, every=1, rounds=1)
 SHORT = Size(large=64, small=32, views=16, side=32, every=120, rounds=1)
 
 

@@ -100,7 +100,11 @@ def networks(config: Config) -> tuple[nn.Module, nn.Module]:
     """The backbone that a run begins with, and the one that it ends with."""
     source = SOURCES.find(config.data.name).make(config.data.options)
     untrained: nn.Module = make_objective(config, source).backbone
-    return untrained.eval(), fit(config).backbone()
+    run = fit(config)
+    if not run.finished:
+        message = f"run was stopped after step {run.steps_done}"
+        raise RuntimeError(message)
+    return untrained.eval(), run.backbone()
 
 
 @torch.no_grad()
