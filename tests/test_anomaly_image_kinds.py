@@ -32,6 +32,14 @@ def test_kinds_are_the_means_of_the_clouds() -> None:
     assert torch.allclose(find_kinds(features, 1), features.mean(dim=0, keepdim=True), atol=1e-5)
 
 
+def test_every_centre_is_the_mean_of_the_images_nearest_to_it() -> None:
+    features = torch.rand(200, 3, generator=torch.Generator().manual_seed(2))
+    centres = find_kinds(features, 4)
+    nearest = torch.cdist(features, centres).argmin(dim=1)
+    means = torch.stack([features[nearest == kind].mean(dim=0) for kind in range(4)])
+    assert torch.allclose(centres, means, atol=1e-5)
+
+
 def test_no_more_kinds_are_found_than_there_are_images() -> None:
     assert len(find_kinds(clouds((2,)), 5)) == 2
     assert find_kinds(torch.ones(4, 3), 3).tolist() == [[1.0, 1.0, 1.0]]
