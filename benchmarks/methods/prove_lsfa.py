@@ -13,11 +13,12 @@ from pyfeat.anomaly.scoring import SCORINGS
 TITLE = "LSFA: colours and points, plates"
 ABOUT = """
 Rendered plates of 128 x 128 pixels (`synthesise`, severity 0.8): 60 good ones are learned from, 90 good and
-90 defective ones (dents, which only points show; stains, which only colours show; scratches) ranked. Features: an
-ImageNet network (stride 8 and 16) and point feature histograms, the same for all models, with the same
-banks, scores and fusion. "Frozen" is PatchCore on both modalities; alignment and compactness are the two
-losses of LSFA, at their defaults; what is our choice in these was settled on other seeds (100, 101). "At least" allows 0.99999 of the baseline. Distances are to the
-nearest patch of the bank in spreads of the features, over those of the frozen features.
+90 defective ones (dents, which only points show; stains, which only colours show; scratches) ranked.
+Features: an ImageNet network (stride 8 and 16) and point feature histograms, the same for all models, with
+the same banks, scores and fusion. "Frozen" is PatchCore on both modalities; alignment and compactness are
+the two losses of LSFA, at their defaults but for heads of 128 features; what is our choice in these was
+settled on other seeds (100, 101). "At least" allows 0.99999 of the baseline. Distances are to the nearest
+patch of the bank in spreads of the features, over those of the frozen features.
 """
 
 _AT_LEAST = 0.99999

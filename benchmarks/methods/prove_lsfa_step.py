@@ -15,7 +15,7 @@ TITLE = "LSFA: one training step against full memories"
 ABOUT = """
 Compactness of one sample, both modalities, distances and their gradients: 3,136 patches against 60,000 rows of
 1,152 features and 60,000 of 768, which lie as patches of objects do (`benchmarks/data.py`). The rival is
-`torch.cdist(...).amin` and autograd. On one core; memory is what the process grows by, in a process of its own,
+`torch.cdist(...).amin` and autograd. Seconds of one core's time; memory is what the process grows by, in a process of its own,
 and the bound of 300 MB is the one to keep. The matrix of all pairs alone has 753 MB for each modality.
 """
 
