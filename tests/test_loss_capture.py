@@ -108,7 +108,7 @@ def spoiled(kind: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["features", "scale", "range"])
-@pytest.mark.parametrize("case", ["clip", "info_nce", "hard", "nt_xent", "siglip"])
+@pytest.mark.parametrize("case", ["clip", "info_nce", "hard", "spread", "nt_xent", "siglip"])
 def test_what_would_be_refused_is_nan(case: str, kind: str, capture: Callable[[], None]) -> None:
     inputs = spoiled(kind)
     with pytest.raises(ValueError, match="must be"):
