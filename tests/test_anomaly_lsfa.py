@@ -21,6 +21,7 @@ from pyfeat.anomaly.extractors import BackbonePatches, GeometryPatches, NormalPa
 from pyfeat.anomaly.lsfa_files import MANIFEST
 from pyfeat.anomaly.metrics import normal_threshold
 from pyfeat.anomaly.patches import Patches
+from pyfeat.anomaly.sample_features import SampleFeatures
 from pyfeat.anomaly.scoring import SCORINGS
 from pyfeat.memory import MemoryBank
 from tests.support_anomaly import LAYERS, network
@@ -132,6 +133,8 @@ def test_classes_have_banks_and_thresholds_of_their_own() -> None:
     assert fitted.threshold is None
     values = {c: banks.threshold for c, banks in fitted.banks.items()}
     assert values["disc"] != values["plate"]
+    one, other = (banks.fusion.state() for banks in fitted.banks.values())
+    assert one["images"] != other["images"]
     alone = {c: banks.banks["rgb"] for c, banks in fitted.banks.items()}
     assert len(alone["disc"]) > 0
     assert not torch.equal(alone["disc"].features[:9], alone["plate"].features[:9])
@@ -217,6 +220,13 @@ def test_samples_without_any_point_are_skipped_and_named() -> None:
         fitted.score([without_points(loaded(test)[0])], strict=True)
     with pytest.raises(ValueError, match=r"at least one that can be used, got none \(1 skipped\)"):
         model().fit([without_points(loaded(train)[0])])
+
+
+def test_a_batch_of_blind_samples_alone_is_no_batch() -> None:
+    sample = without_points(loaded(plates())[0])
+    read = SampleFeatures({"xyz": Cells()}, (SIZE, SIZE), 2, op="op", strict=False)
+    assert list(read([sample, sample])) == []
+    assert len(read.skipped) == 2
 
 
 def test_files_that_cannot_be_read_are_skipped_and_named(tmp_path: Path) -> None:
