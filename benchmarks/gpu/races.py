@@ -64,6 +64,7 @@ def all_races(*, tiny: bool) -> list[Race]:
         _attention(volume, single, True),
         _search(Shape(4_096, 262_144, 128, 10), tiny),
         _search(Shape(12_544, 65_536, 384), tiny),
+        _search(Shape(12_544, 65_536, 384), tiny, patch_like=True),
         _loss(SUPCON, supcon, Batch(8_192, 256), half, tiny),
         _loss(SIGLIP, siglip, Batch(16_384, 768), half, tiny, compiles=True),
         _loss(SUPCON, supcon, Batch(8_192, 256), half, tiny, compiles=True),
@@ -85,9 +86,10 @@ def _case(case: Case, tiny: bool) -> Case:
     return case._replace(shapes=shapes, num_queries=min(case.num_queries, 5), batch=1)
 
 
-def _search(shape: Shape, tiny: bool) -> Race:
+def _search(shape: Shape, tiny: bool, *, patch_like: bool = False) -> Race:
     shape = Shape(8, 64, 16, shape.k) if tiny else shape
-    return Race(SEARCH, str(shape), partial(search_entrants, shape=shape))
+    case = f"{shape}, patch-like" if patch_like else str(shape)
+    return Race(SEARCH, case, partial(search_entrants, shape=shape, patch_like=patch_like))
 
 
 def _attention(case: Case, dtype: torch.dtype, backward: bool, *, compiles: bool = False) -> Race:

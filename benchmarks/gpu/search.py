@@ -8,7 +8,7 @@ from torch import Tensor
 
 import pyfeat
 from benchmarks.answers import NeighbourCheck
-from benchmarks.data import normal_features
+from benchmarks.data import normal_features, patch_like_features
 from benchmarks.gpu.setting import Setting, allow_tf32
 from benchmarks.gpu.turns import Entrant, MissingError, import_peer
 from benchmarks.harness import Shape
@@ -22,10 +22,25 @@ CHUNK_BYTES = 1 << 30
 Prepare = Callable[[Tensor, Tensor, int], Callable[[], object]]
 
 
-def search_entrants(setting: Setting, shape: Shape) -> list[Entrant]:
-    """Our backends, which must be exact, and peers, of which it is said how often they are not."""
-    memory = normal_features(shape.num_rows, shape.dim, seed=0).to(setting.device)
-    queries = normal_features(shape.num_queries, shape.dim, seed=1).to(setting.device)
+def search_features(shape: Shape, *, patch_like: bool) -> tuple[Tensor, Tensor]:
+    """Queries (Q, D) and memory (N, D), float32 on the CPU, of one kind."""
+    if not patch_like:
+        memory = normal_features(shape.num_rows, shape.dim, seed=0)
+        return normal_features(shape.num_queries, shape.dim, seed=1), memory
+    features = patch_like_features(shape.num_queries + shape.num_rows, shape.dim)
+    return features[: shape.num_queries], features[shape.num_queries :]
+
+
+def search_entrants(setting: Setting, shape: Shape, *, patch_like: bool = False) -> list[Entrant]:
+    """Our backends, which must be exact, and peers, of which it is said how often they are not.
+
+    Args:
+        setting: The device and our backends.
+        shape: Of the search.
+        patch_like: Rows lie in clusters that are narrow beside their distances, so that bounds on
+            rounded products leave many rows of a cluster; else they are normal, and few are left.
+    """
+    queries, memory = (x.to(setting.device) for x in search_features(shape, patch_like=patch_like))
     ours = {name: f"pyfeat, {name}" for name in setting.backends}
     check = NeighbourCheck(queries, memory, shape.k, exact=ours.values())
 
