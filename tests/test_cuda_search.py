@@ -252,17 +252,27 @@ class _Counts:
 @pytest.mark.parametrize("k", [1, 5])
 @pytest.mark.parametrize("allowed_ndim", [0, 1, 2])
 def test_a_list_that_is_too_short_leads_to_all_rows(k: int, allowed_ndim: int) -> None:
-    # One row far off makes the packed form too coarse for all others.
-    queries, memory = torch.randn(3, 12), 7.25 + 1e-4 * torch.randn(700, 12)
+    # One row far off makes the packed form too coarse for all others, more than 2,048.
+    queries, memory = torch.randn(3, 4), 7.25 + 1e-4 * torch.randn(2_200, 4)
     memory[0] = 3e3
-    mask = torch.ones(700, dtype=torch.bool)
+    mask = torch.ones(2_200, dtype=torch.bool)
     mask[reference.knn(queries, memory, 20, "euclidean")[1].flatten()] = False  # the nearest
     allowed = [None, mask, mask.repeat(3, 1)][allowed_ndim]
     counts = _Counts()
     distances, indices = _knn(queries, memory, k, "euclidean", allowed, report=counts)
-    everything = torch.ones(700, dtype=torch.bool) if allowed is None else allowed
+    everything = torch.ones(2_200, dtype=torch.bool) if allowed is None else allowed
     assert_allowed_neighbours(distances, indices, queries, memory, "euclidean", everything)
     assert counts.overflowed == [3]
+
+
+def test_a_cluster_that_rounding_does_not_tell_apart_fits_a_list() -> None:
+    queries, memory = torch.randn(2, 4), 7.25 + 1e-4 * torch.randn(1_900, 4)
+    memory[0] = 3e3
+    counts = _Counts()
+    found = _knn(queries, memory, 1, "euclidean", report=counts)
+    assert_exact_neighbours(*found, queries, memory, 1, "euclidean")
+    assert (counts.listed[0] >= 1_899).all()
+    assert counts.overflowed == [0]
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "inner_product"])
@@ -297,8 +307,8 @@ def test_chunks_and_packing_do_not_change_the_answer(
 
 @pytest.mark.usefixtures("either_kernel")
 def test_the_order_of_threads_and_blocks_does_not_matter() -> None:
-    queries, memory = make_features("duplicated", 20, 560, 4)
-    memory[:550] = 1.0  # some lists are too short
+    queries, memory = make_features("duplicated", 8, 2_200, 4)
+    memory[:2_150] = 1.0  # some lists are too short
     first = _knn(queries, memory, 3, "euclidean")
     if EMULATION is None:
         second = _knn(queries, memory, 3, "euclidean")

@@ -17,7 +17,7 @@ from benchmarks.gpu.search import search_features
 from benchmarks.harness import Shape
 from pyfeat._frame import choose_frame
 
-CAPACITY = 512  # of a list, for one neighbour (search_state.hpp)
+CAPACITY = 2048  # of a list (search_state.hpp)
 SAMPLING = 32  # one of so many rows gives the threshold
 _UNIT = 2.0**-24
 

@@ -8,22 +8,19 @@ For every part of the memory kernels follow one another:
 3. all rows are multiplied, and those whose lower bound is within the threshold are listed;
 4. of the listed rows, those that the k-th smallest upper bound of the list leaves are ranked by direct
    differences in float64 (``rank.cuh``);
-5. of queries whose list is too short, which a sample alone makes of one in 10^7, all rows are ranked in
-   float64.
+5. of queries whose list is too short, as those near a cluster of more than 2,048 rows that rounding does not
+   tell apart, all rows are ranked in float64.
 
 Cost of 12,544 x 65,536 x 1,536, k = 1, on an H200 (989 TFLOP/s in bfloat16, 4.8 TB/s), reckoned for
 normal rows: 2.53 TFLOP, 2.55 ms at the peak and 3.9 ms at the 65 % that such tiles reach; the sample 0.12
-ms; epilogues, two instructions for each product, 0.13 ms; packing 0.71 GB, 0.2 ms; lists and ranking 0.1
-ms: about 4.4 ms, 57 % of the product rate.
-
-Rows of a cluster that is narrow beside what rounding loses are listed together. Where clusters have more
-than 512 rows, lists are too short: of the patch-like rows of ``benchmarks.gpu.lists`` for a fifth of these
-queries, 60 microseconds each, 0.15 s in all.
+ms; epilogues, two instructions for each product, 0.13 ms; packing 0.71 GB, 0.2 ms, for each of two chunks of
+the queries; lists and ranking 0.1 ms: about 4.6 ms, 55 % of the product rate. Where rows lie in narrow
+clusters more of them are ranked: of the patch-like rows of ``benchmarks.gpu.lists`` 353 for a query, 4 ms.
 
 Why bfloat16: products of 8-bit whole numbers have twice the rate, but what their rounding loses grows like
 the square root of D beside the spread of products. Of 65,536 normal rows they would list 112 instead of 43 at
-256 features, 342 instead of 63 at 768, and 737 instead of 68 at 1,536. The lists of 2 %, 22 % and 57 % of the
-queries would be too short, which takes longer than the products that are saved.
+256 features, where they would save 0.2 of 1.0 ms, 342 instead of 63 at 768, and 737 instead of 68 at 1,536,
+where 3 % of the lists would be too short: 60 microseconds for each of these queries, 22 ms.
 """
 
 from collections.abc import Callable
@@ -41,8 +38,8 @@ from pyfeat._cuda_ops.frame import address_of, as_matrix, queue_of
 from pyfeat._frame import Frame, choose_frame
 
 # Shares of the workspace of 256 MB: packed rows, and what is kept of the queries.
-_ROW_BYTES = 128 << 20
-_QUERY_BYTES = 112 << 20
+_ROW_BYTES = 80 << 20
+_QUERY_BYTES = 160 << 20
 # Rows and queries are packed in multiples of these.
 _ROW_MULTIPLE = 256
 _QUERY_MULTIPLE = 128

@@ -23,18 +23,18 @@ constexpr std::int64_t kMostPackedRows = std::int64_t{1} << 30;
 // How many of the rows are sampled for the first threshold, and what is kept because of it.
 //
 // Of a sample of 1 / s of the rows, the k-th smallest upper bound is a threshold that about s k of
-// all rows pass, a number with a standard deviation of s sqrt(k). Twice as many, and 512 at least,
-// fit the list of a query: of 512, one query in 10^7 for k = 1. A list that overflows costs time
-// only.
+// all rows pass, a number with a standard deviation of s sqrt(k): at most 1024, and 178. Half of a
+// list is left for what bounds let through besides, for k = 1 nearly all: clusters of rows that
+// rounding does not tell apart. A list that overflows costs time only: all rows are ranked.
 struct ShortlistSizes {
     std::int64_t sampling;  // s
     std::int64_t lanes;     // of the least upper bounds of groups of rows
-    std::int64_t capacity;  // of a list
 };
 constexpr ShortlistSizes shortlist_sizes(std::int64_t k) {
-    const std::int64_t sampling = k < 32 ? 32 : 16;
-    return {sampling, k < 32 ? 256 : 1024, 2 * sampling * k < 512 ? 512 : 2 * sampling * k};
+    return k < 32 ? ShortlistSizes{32, 256} : ShortlistSizes{16, 1024};
 }
+// Rows that the list of a query holds.
+constexpr std::int64_t kListedRows = 2048;
 
 struct Candidate {
     std::int32_t slot;
@@ -78,7 +78,7 @@ inline SearchState carve_state(std::int64_t num_queries,
     state.num_blocks = static_cast<std::int32_t>(blocks);
     state.k = static_cast<std::int32_t>(k);
     state.lanes = static_cast<std::int32_t>(sizes.lanes);
-    state.capacity = static_cast<std::int32_t>(sizes.capacity);
+    state.capacity = static_cast<std::int32_t>(kListedRows);
     state.values = carver.take<std::uint16_t>(ceil_div(num_queries, kPanelRows) * kPanelRows *
                                               blocks * kBlockColumns);
     state.terms = carver.take<QueryTerms>(num_queries);
@@ -86,7 +86,7 @@ inline SearchState carve_state(std::int64_t num_queries,
     state.thresholds = carver.take<float>(num_queries);
     state.lane_uppers = carver.take<std::int32_t>(num_queries * sizes.lanes);
     state.counts = carver.take<std::int32_t>(num_queries);
-    state.candidates = carver.take<Candidate>(num_queries * sizes.capacity);
+    state.candidates = carver.take<Candidate>(num_queries * kListedRows);
     state.best_keys = carver.take<double>(num_queries * k);
     state.best_rows = carver.take<std::int64_t>(num_queries * k);
     state.overflowed = carver.take<std::int32_t>(num_queries);
