@@ -392,11 +392,8 @@ def test_volumes_of_another_objective_are_refused(tmp_path: Path) -> None:
 
 def test_views_of_volumes_keep_the_order_of_slices_unless_asked_for() -> None:
     ramp = torch.linspace(0, 1, N).view(1, 1, N, 1, 1).expand(12, 1, N, SIDE, SIDE)
-    still: dict[str, Any] = {
-        **dict.fromkeys(("degrees", "shift", "bias", "noise"), 0.0),
-        "min_scale": 1.0,
-    }
+    still: dict[str, Any] = dict.fromkeys(("degrees", "shift", "bias", "noise"), 0.0)
     for slice_flip, directions in ((0.0, {1}), (0.5, {-1, 1})):
-        views = torch.cat(make(slice_flip=slice_flip, **still).augment(ramp))
+        views = torch.cat(make(slice_flip=slice_flip, min_scale=1.0, **still).augment(ramp))
         slopes = (views[:, 0, -1] - views[:, 0, 0]).mean(dim=(1, 2))
         assert set(slopes.sign().int().tolist()) == directions
