@@ -140,13 +140,19 @@ def package_version(package: str) -> str:
         return "missing"
 
 
-def commit_name() -> str:
-    """Of this checkout, marked if it is dirty."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+def commit_name(*written: str) -> str:
+    """Of this checkout, marked if it is dirty.
+
+    Args:
+        written: Paths from its root whose changes do not count, such as those of figures.
+    """
+    paths = [":/", *(f":(top,exclude){path}" for path in written)]
     try:
-        return _output(command).strip()
+        name = _output(["git", "rev-parse", "--short=12", "HEAD"]).strip()
+        changed = _output(["git", "status", "--porcelain", "--untracked-files=no", "--", *paths])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
 
 
 def _output(command: Sequence[str]) -> str:

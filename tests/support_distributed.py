@@ -25,6 +25,7 @@ from pyfeat.losses._group import REDUCES, Meeting, Reduce, check_backend, global
 from tests.support_contrast import CASES as TERMS
 from tests.support_contrast import cut
 from tests.support_distributed_losses import LOSS_CASES
+from tests.support_groups import leave_group
 
 DIM = 24
 LARGE_BLOCK = 150  # rows and columns
@@ -368,4 +369,4 @@ def _work(rank: int, world_size: int, folder: Path) -> None:
             results = {"failure": f"{name}: {traceback.format_exc()}"}
             break
     torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pyfeat
-from benchmarks import answers
+from benchmarks import answers, machine
 from benchmarks.__main__ import main
 from benchmarks.answers import CoresetCheck, NeighbourCheck, check_product
 from benchmarks.data import normal_features, patch_like_features
@@ -309,3 +309,34 @@ def _report(*records: Record) -> str:
     assert results.records == list(records)
     assert results.peaks == {"bf16": Peak(400.0, "vdpbf16ps")}
     return family_reports(results, {})["search"]
+
+
+def test_what_a_run_writes_itself_does_not_make_the_commit_dirty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        command = [
+            "git",
+            "-C",
+            str(tmp_path),
+            "-c",
+            "user.name=x",
+            "-c",
+            "user.email=x",
+            *arguments,
+        ]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    git("init", "--quiet")
+    for name in ("code", "figures"):
+        (tmp_path / name).write_text("1")
+    git("add", ".")
+    git("commit", "--quiet", "--message=x")
+    monkeypatch.setattr(machine, "_output", lambda command: git(*command[1:]))
+    clean = machine.commit_name()
+    assert len(clean) == 12
+    (tmp_path / "figures").write_text("2")
+    assert machine.commit_name("figures") == clean
+    assert machine.commit_name() == f"{clean}-dirty"
+    (tmp_path / "code").write_text("2")
+    assert machine.commit_name("figures") == f"{clean}-dirty"

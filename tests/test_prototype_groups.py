@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyfeat.losses import DINOCenter, dino_loss, ibot_loss, sinkhorn, sinkhorn_assignment, swav_loss
 from pyfeat.losses._group import REDUCES
+from tests.support_groups import leave_group
 from tests.support_losses import unit
 
 # Rows of each process.
@@ -172,7 +173,7 @@ def _work(rank: int, folder: Path) -> None:
                         loss, Batch(size, rank), reduction=reduction, reduce=reduce, group=group
                     )
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from pyfeat.losses import FeatureQueue, info_nce
+from tests.support_groups import leave_group
 
 
 def ring(batches: list[Tensor], size: int) -> Tensor:
@@ -240,7 +241,7 @@ def enqueue_on_rank(rank: int, folder: Path) -> None:
         if rank:
             queue.num_enqueued += 1
     torch.save((states, refusals), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.slow
@@ -267,7 +268,7 @@ def test_a_group_of_one_is_no_different(tmp_path: Path) -> None:
         queue, batch = FeatureQueue(3, 2, with_ids=True), torch.randn(5, 2)
         queue.enqueue(batch, torch.arange(5), group=dist.group.WORLD)
     finally:
-        dist.destroy_process_group()
+        leave_group()
     assert torch.equal(queue.features, ring([batch], 3))
     assert torch.equal(queue.ids, torch.tensor([3, 4, 2]))
 

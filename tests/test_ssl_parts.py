@@ -19,6 +19,7 @@ from pyfeat.ssl.parts import (
     block_masking,
     random_masking,
 )
+from tests.support_groups import leave_group
 
 
 def test_a_head_is_linear_layers_with_norms_between() -> None:
@@ -228,7 +229,7 @@ def _normalized(rank: int, file: str) -> None:
         norm.eval()(part),
         functional.batch_norm(part, norm.running_mean, norm.running_var, norm.weight, norm.bias),
     )
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_batch_norm_of_two_processes_is_that_of_one(tmp_path: object) -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("kornia")
 
 from pyfeat.ssl.parts import BankClusters
+from tests.support_groups import leave_group
 from tests.test_ssl_clusters import unit
 from tests.test_ssl_season_contrast import Fixed, make
 
@@ -58,7 +59,7 @@ def _process(rank: int, folder: str) -> None:
     own = slice(ROWS // 2 * rank, ROWS // 2 * (rank + 1))
     found = [bank_step(own, dist.group.WORLD), season_steps(own, dist.group.WORLD)]
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def _close(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -18,6 +18,8 @@ from benchmarks.machine import commit_name, package_version, processor_name
 from benchmarks.methods.proofs import Family, Figure, keep_figures, report
 
 FOLDER = Path(__file__).resolve().parent
+# What runs before this one have changed.
+_WRITTEN = ("benchmarks/methods/figures", "benchmarks/methods/RESULTS.md")
 
 
 def families() -> dict[str, Family]:
@@ -61,7 +63,9 @@ def _line(name: str, seed: int, figure: Figure) -> str:
 
 
 def _machine() -> list[str]:
-    return [f"{processor_name()}, torch {package_version('torch')}, commit {commit_name()}"]
+    return [
+        f"{processor_name()}, torch {package_version('torch')}, commit {commit_name(*_WRITTEN)}"
+    ]
 
 
 if __name__ == "__main__":
