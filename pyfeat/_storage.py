@@ -187,6 +187,30 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
     return digest.hexdigest()
 
 
+def read_manifest(op: str, path: Path, version: int) -> dict[str, Any]:
+    """Return the fields of the manifest of a saved model.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no JSON of fields, or its format is newer than ``version``.
+    """
+    if not path.is_file():
+        message = (
+            f"{op}: path must be the folder of a saved model (with {path.name}), got {path.parent}"
+        )
+        raise FileNotFoundError(message)
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        message = f"{op}: path must hold a whole model, got {path} that is no JSON ({error})"
+        raise ValueError(message) from error
+    if not isinstance(manifest, dict):
+        message = f"{op}: path must hold a whole model, got {path} without fields"
+        raise ValueError(message)
+    check_version(op, path, manifest.get("format_version"), version)
+    return manifest
+
+
 def check_version(op: str, path: Path, found: object, supported: int) -> None:
     """Raise ValueError unless ``found`` is a format version that this release reads."""
     if not str(found).isdigit() or int(str(found)) > supported:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyfeat._storage import check_version, load_tensors, save_tensors
+from pyfeat._storage import load_tensors, read_manifest, save_tensors
 from pyfeat.anomaly.excision import Excision
 from pyfeat.anomaly.metrics import Threshold
 from pyfeat.anomaly.reconstruction import RebuildOptions
@@ -102,12 +102,8 @@ def read_files(
     """Read what ``write_files`` wrote; arguments and errors as ``EAR.load``."""
     op = "EAR.load"
     path = folder / MANIFEST
-    if not path.is_file():
-        message = f"{op}: path must be the folder of a saved model (with {MANIFEST}), got {folder}"
-        raise FileNotFoundError(message)
+    manifest = read_manifest(op, path, FORMAT_VERSION)
     try:
-        manifest = json.loads(path.read_text())
-        check_version(op, path, manifest["format_version"], FORMAT_VERSION)
         source = _read_saliency(op, folder / _SALIENCY, dict(manifest["saliency"]), saliency)
         model = factory(
             source,
@@ -125,7 +121,7 @@ def read_files(
         network = UNet(model.width, model.levels)
         tensors, _ = load_tensors(folder / _NETWORK, kind="EAR", version=FORMAT_VERSION)
         network.load_state_dict(tensors)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         message = f"{op}: path must hold a whole model, got {path} ({error!r})"
         raise ValueError(message) from error
     model.network = network.to(model.device).eval()

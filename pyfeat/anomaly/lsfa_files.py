@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyfeat._storage import check_version, load_tensors, save_tensors
+from pyfeat._storage import load_tensors, read_manifest, save_tensors
 from pyfeat.anomaly.adaptation import AdaptorSet
 from pyfeat.anomaly.adaptors import Adaptation
 from pyfeat.anomaly.category_banks import CategoryBanks
@@ -78,12 +78,8 @@ def read_files(
     """Read what ``write_files`` wrote; arguments and errors as ``LSFA.load``."""
     op = "LSFA.load"
     path = folder / MANIFEST
-    if not path.is_file():
-        message = f"{op}: path must be the folder of a saved model (with {MANIFEST}), got {folder}"
-        raise FileNotFoundError(message)
+    manifest = read_manifest(op, path, FORMAT_VERSION)
     try:
-        manifest = json.loads(path.read_text())
-        check_version(op, path, manifest["format_version"], FORMAT_VERSION)
         extractors = {
             modality: _made_again(op, modality, told, given.get(modality))
             for modality, told in manifest["extractors"].items()
@@ -106,7 +102,7 @@ def read_files(
         for number, (category, state) in enumerate(manifest["categories"].items()):
             banks = {m: MemoryBank.load(_bank_path(folder, number, m)) for m in extractors}
             model.banks[category] = CategoryBanks.from_state(state, banks)
-    except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         message = f"{op}: path must hold a whole model, got {path} ({error!r})"
         raise ValueError(message) from error
     return model

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pyfeat._storage import check_version
+from pyfeat._storage import read_manifest
 from pyfeat.anomaly.calibration import NormalScores
 from pyfeat.anomaly.image_kinds import ImageKinds
 from pyfeat.anomaly.metrics import Threshold
@@ -186,18 +186,7 @@ def _matching_backbone(
 
 def _read_manifest(op: str, folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    if not path.is_file():
-        message = f"{op}: path must be the folder of a saved model (with {MANIFEST}), got {folder}"
-        raise FileNotFoundError(message)
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        message = f"{op}: path must hold a whole model, got {path} that is no JSON ({error})"
-        raise ValueError(message) from error
-    if not isinstance(manifest, dict):
-        message = f"{op}: path must hold a whole model, got {path} without fields"
-        raise ValueError(message)
-    check_version(op, path, manifest.get("format_version"), FORMAT_VERSION)
+    manifest = read_manifest(op, path, FORMAT_VERSION)
     for field in ("backbone", "layers", "fingerprint"):
         if field not in manifest:
             message = f"{op}: path must hold a whole model, got {path} without {field}"
