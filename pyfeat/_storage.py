@@ -192,7 +192,8 @@ def read_manifest(op: str, path: Path, version: int) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no JSON of fields, or its format is newer than ``version``.
+        ValueError: If it is no JSON with a format version, or that version is newer than
+            ``version``.
     """
     if not path.is_file():
         message = (
@@ -204,10 +205,10 @@ def read_manifest(op: str, path: Path, version: int) -> dict[str, Any]:
     except ValueError as error:
         message = f"{op}: path must hold a whole model, got {path} that is no JSON ({error})"
         raise ValueError(message) from error
-    if not isinstance(manifest, dict):
-        message = f"{op}: path must hold a whole model, got {path} without fields"
+    if not isinstance(manifest, dict) or "format_version" not in manifest:
+        message = f"{op}: path must hold a whole model, got {path} without format_version"
         raise ValueError(message)
-    check_version(op, path, manifest.get("format_version"), version)
+    check_version(op, path, manifest["format_version"], version)
     return manifest
 
 
