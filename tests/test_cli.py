@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from pyfeat.anomaly import Dataset, synthesise, write_dataset
+from pyfeat.anomaly import LSFA, Dataset, read_dataset, synthesise, write_dataset
+from pyfeat.anomaly.adaptors import Adaptation
 from pyfeat.cli import app
 
 
@@ -109,6 +110,27 @@ def test_a_data_set_is_learned_scored_and_evaluated(plates: Path, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert "ranked 10 images" in result.output
     assert "Mask of" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_model_of_colours_and_points_scores_and_is_evaluated(tmp_path: Path) -> None:
+    plates = synthesise(train=4, good=2, defective=3, size=64, severity=2.0)
+    write_dataset(plates, tmp_path / "data", layout="mvtec_3d_ad")
+    adaptation = Adaptation(epochs=1, batch_size=4, projection=8, heads=2)
+    model = LSFA(image_size=64, adaptation=adaptation, coreset_ratio=0.5)
+    model.fit(read_dataset(tmp_path / "data").select(split="train")).save(tmp_path / "model")
+    result = _run("evaluate", tmp_path / "model", tmp_path / "data", "-o", tmp_path / "table")
+    assert result.exit_code == 0, result.output
+    assert any(
+        line.startswith("| plate ") and " 3 |" in line for line in result.output.splitlines()
+    )
+    arguments = (tmp_path / "data", "-o", tmp_path / "report", "--dataset")
+    result = _run("score", tmp_path / "model", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "ranked 5 images" in result.output
+    page = (tmp_path / "report" / "index.html").read_text()
+    about = "LSFA on backbone efficientnet_lite0 and fpfh, adapted, of plate."
+    for said in (about, "Height of", "Mask of"):
+        assert said in page
 
 
 def test_strict_turns_a_bad_file_into_an_error(photos: Path, model: Path) -> None:

@@ -71,6 +71,27 @@ def test_a_vit_has_the_same_features_in_transformers(channels: int, tmp_path: Pa
         torch.testing.assert_close(found, network.tokens(images), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_a_vit_of_clip_has_the_same_features_in_transformers(
+    activation: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    network = _network("vit", pre_norm=True, activation=activation, **VIT)
+    ssl.export(Given(network, (3, 32, 32)), format="transformers").save(tmp_path / "out")
+    model, info = transformers.CLIPVisionModel.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        found = model.eval()(network.intensities(images)).pooler_output
+        torch.testing.assert_close(found, network(images), atol=1e-5, rtol=1e-5)
+    other = build("vit", pre_norm=True, activation="gelu", **VIT).eval()
+    other.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(found, other(images), atol=1e-5) == (activation == "gelu")
+
+
 @pytest.mark.parametrize("width", [8, 64])
 def test_a_resnet_has_the_same_maps_in_transformers(width: int, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
@@ -129,6 +150,17 @@ def test_a_vit_has_the_layout_of_timm() -> None:
     mean = build("vit", pool="mean", **VIT)
     arguments = ssl.export(Given(mean, (3, 32, 32)), format="timm").config["model_args"]
     assert arguments["global_pool"] == "avg"
+    clip = build("vit", pre_norm=True, activation="quick_gelu", **VIT)
+    export = ssl.export(Given(clip, (3, 32, 32)), format="timm")
+    # As vit_base_patch32_clip_quickgelu_224: no bias of patches where norm_pre has one.
+    assert export.weights.keys() - network.state_dict().keys() == {
+        "norm_pre.weight",
+        "norm_pre.bias",
+    }
+    assert "patch_embed.proj.bias" not in export.weights
+    assert (
+        export.config["model_args"].items() >= {"pre_norm": True, "act_layer": "quick_gelu"}.items()
+    )
 
 
 def test_a_resnet_has_the_layout_of_timm() -> None:

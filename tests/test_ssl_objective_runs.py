@@ -27,7 +27,7 @@ from tests.support_ssl_objectives import (
     draw_nothing,
     give_views,
     objective_values,
-    write_pairs,
+    write_other_data,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic.*")
@@ -38,7 +38,7 @@ PLAIN = {"network": {"dropout": 0.0}, "objective": {"noise": 0.0, "queue": 0}}
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_images(tmp_path_factory.mktemp("images"))
-    write_pairs(path)
+    write_other_data(path)
     return path
 
 

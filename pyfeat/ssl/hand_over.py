@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,17 @@ _VIT_NAMES = {
     r"\.mlp\.fc1\.": ".intermediate.dense.",
     r"\.mlp\.fc2\.": ".output.dense.",
     r"^norm\.": "layernorm.",
+}
+_CLIP_NAMES = {
+    r"^cls_token$": "embeddings.class_embedding",
+    r"^pos_embed$": "embeddings.position_embedding.weight",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^norm_pre\.": "pre_layrnorm.",
+    r"^blocks\.": "encoder.layers.",
+    r"\.norm(\d)\.": r".layer_norm\1.",
+    r"\.attn\.proj\.": ".self_attn.out_proj.",
+    r"^norm\.": "post_layernorm.",
+    "^": "vision_model.",
 }
 _RESNET_NAMES = {
     r"^conv1\.": "embedder.embedder.convolution.",
@@ -94,9 +105,10 @@ def export(run: Run | PathLike, *, format: Format) -> Export:
     In evaluation mode the other library's network has the features of ours, if it is given pixels as
     ``config`` or ``processing`` say. timm builds a ``ViT`` of any size, and of a ``ResNet`` those with
     ``width=64, stem="7x7"`` and four stages; transformers builds a ``ViT`` of any size, and a ``ResNet``
-    with ``stem="7x7"``; both with batch norm. Neither has volumes. A ``ViT`` whose features are means of patches has these
-    features in timm; the pooler of transformers is another, and the mean of
-    ``last_hidden_state[:, 1:]`` is theirs.
+    with ``stem="7x7"``; both with batch norm. Neither has volumes. A ``ViT`` whose features are means
+    of patches has these features in timm; the pooler of transformers is another, and the mean of
+    ``last_hidden_state[:, 1:]`` is theirs. One with ``pre_norm`` is a ``CLIPVisionModel`` there, whose
+    ``pooler_output`` is the class token; its last states are not yet normalised.
 
     Args:
         run: A run, or its folder, of which the newest checkpoint is taken.
@@ -121,7 +133,8 @@ def export(run: Run | PathLike, *, format: Format) -> Export:
     if format == "timm":
         return Export(format, weights, _timm_config(network, pixels), {})
     if isinstance(network, ViT):
-        return Export(format, _vit_weights(weights), _vit_config(network), _processing(pixels))
+        renamed = (_clip_weights if network.options.pre_norm else _vit_weights)(weights)
+        return Export(format, renamed, _vit_config(network), _processing(pixels))
     return Export(format, _resnet_weights(weights), _resnet_config(network), _processing(pixels))
 
 
@@ -170,6 +183,10 @@ def _timm_config(network: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
             "global_pool": "token" if options.pool == "class" else "avg",
             "fc_norm": False,
         }
+        if options.pre_norm:
+            arguments["pre_norm"] = True
+        if options.activation != "gelu":
+            arguments["act_layer"] = options.activation
     else:
         name, classifier, first = "resnet18", "fc", "conv1"
         arguments |= {"layers": list(options.blocks)}
@@ -194,21 +211,24 @@ def _timm_config(network: Any, pixels: Mapping[str, Any]) -> dict[str, Any]:
 
 def _vit_config(network: ViT) -> dict[str, Any]:
     options = network.options
+    if options.pre_norm:
+        model = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
+        rest = {"attention_dropout": 0.0, "projection_dim": options.width}
+    else:
+        model = {"architectures": ["ViTModel"], "model_type": "vit"}
+        rest = {"qkv_bias": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return {
-        "architectures": ["ViTModel"],
-        "model_type": "vit",
+        **model,
         "hidden_size": options.width,
         "num_hidden_layers": options.depth,
         "num_attention_heads": options.heads,
         "intermediate_size": round(options.width * options.mlp_ratio),
-        "hidden_act": "gelu",
+        "hidden_act": options.activation,
         "layer_norm_eps": network.norm.eps,
         "image_size": options.image_size,
         "patch_size": options.patch_size,
         "num_channels": options.in_channels,
-        "qkv_bias": True,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        **rest,
     }
 
 
@@ -243,16 +263,31 @@ def _processing(pixels: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _vit_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
+    parts = [f"attention.attention.{part}" for part in ("query", "key", "value")]
+    return {_renamed(n, _VIT_NAMES): value for n, value in _split_qkv(weights, parts).items()}
+
+
+def _clip_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = [f"self_attn.{part}_proj" for part in "qkv"]
+    flat = {
+        **weights,
+        "cls_token": weights["cls_token"].flatten(),
+        "pos_embed": weights["pos_embed"].squeeze(0),
+    }
+    return {_renamed(n, _CLIP_NAMES): value for n, value in _split_qkv(flat, parts).items()}
+
+
+def _split_qkv(weights: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:
+    """Queries, keys and values of each block under names of their own."""
+    split: dict[str, Tensor] = {}
     for name, value in weights.items():
-        if ".attn.qkv." not in name:
-            renamed[_renamed(name, _VIT_NAMES)] = value
-            continue
-        block, kind = name.split(".attn.qkv.")
-        block = _renamed(f"{block}.", _VIT_NAMES)
-        for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
-            renamed[f"{block}attention.attention.{part}.{kind}"] = rows.clone()
-    return renamed
+        block, joined, kind = name.partition("attn.qkv.")
+        if joined:
+            for part, rows in zip(parts, value.chunk(3), strict=True):
+                split[f"{block}{part}.{kind}"] = rows.clone()
+        else:
+            split[name] = value
+    return split
 
 
 def _resnet_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyfeat.ssl.networks.vit import Block
+from pyfeat.ssl.networks.vit import Activation, Block
 
 _START, _END, _PAD = 256, 257, 258
 
@@ -20,12 +20,14 @@ class TextOptions:
         depth: Blocks.
         heads: Heads of the attention.
         length: Tokens of the longest text, start and end included, >= 3.
+        activation: In a block; the published encoder has "quick_gelu".
     """
 
     width: int = 128
     depth: int = 3
     heads: int = 4
     length: int = 96
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -61,7 +63,10 @@ class TextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(_PAD + 1, width)
         self.positions = nn.Parameter(torch.empty(options.length, width))
         self.blocks = nn.Sequential(
-            *(Block(width, options.heads, causal=True) for _ in range(options.depth))
+            *(
+                Block(width, options.heads, causal=True, activation=options.activation)
+                for _ in range(options.depth)
+            )
         )
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)

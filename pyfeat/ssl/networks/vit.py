@@ -14,6 +14,8 @@ from pyfeat.ssl.options import AT_LEAST_ONE, POSITIVE, Range
 from pyfeat.ssl.parts.stochastic_depth import StochasticDepth
 from pyfeat.ssl.registry import NETWORKS
 
+Activation = Literal["gelu", "quick_gelu"]
+
 
 @dataclass(frozen=True)
 class ViTOptions:
@@ -44,6 +46,12 @@ class ViTOptions:
         Literal["class", "mean", "both"],
         "What the features are: the class token, the mean of the rest, or both side by side (SiT).",
     ] = "class"
+    pre_norm: Annotated[
+        bool, "Normalise tokens before the first block; patches then have no bias (CLIP)."
+    ] = False
+    activation: Annotated[Activation, "In a block; quick_gelu, x sigmoid(1.702 x), is CLIP's."] = (
+        "gelu"
+    )
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -94,7 +102,8 @@ class ViT(nn.Module):
         grid: Patches along each axis of an image of the size that is kept.
 
     Source: Dosovitskiy et al., An image is worth 16x16 words, ICLR 2021, arXiv:2010.11929; frozen
-    patches: Chen et al., MoCo v3, ICCV 2021, arXiv:2104.02057.
+    patches: Chen et al., MoCo v3, ICCV 2021, arXiv:2104.02057; pre_norm and quick_gelu: Radford et al.,
+    CLIP, ICML 2021, arXiv:2103.00020.
 
     Examples:
         >>> network = ViT(ViTOptions(width=32, heads=2, depth=2))
@@ -121,10 +130,17 @@ class ViT(nn.Module):
         )
         self.blocks = nn.Sequential(
             *(
-                Block(width, options.heads, options.mlp_ratio, drop_path=rate)
+                Block(
+                    width,
+                    options.heads,
+                    options.mlp_ratio,
+                    drop_path=rate,
+                    activation=options.activation,
+                )
                 for rate in torch.linspace(0, options.drop_path, options.depth).tolist()
             )
         )
+        self.norm_pre = nn.LayerNorm(width, eps=1e-6) if options.pre_norm else nn.Identity()
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.map_dims = [width] * len(self._map_blocks)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -250,7 +266,7 @@ class ViT(nn.Module):
         if seen is not None:
             x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        return torch.cat([first, x], dim=1), grid
+        return self.norm_pre(torch.cat([first, x], dim=1)), grid
 
 
 def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
@@ -270,6 +286,7 @@ class Block(nn.Module):
         mlp_ratio: Hidden features, times ``width``.
         causal: Each token sees itself and those before it.
         drop_path: Share of samples that skip each half of the block in training.
+        activation: Between the two layers.
     """
 
     def __init__(
@@ -280,13 +297,14 @@ class Block(nn.Module):
         *,
         causal: bool = False,
         drop_path: float = 0.0,
+        activation: Activation = "gelu",
     ) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = _Attention(width, heads, causal=causal)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = _MLP(width, hidden)
+        self.mlp = _MLP(width, hidden, activation)
         self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -303,18 +321,23 @@ class _Patches(nn.Module):
         super().__init__()
         convolution: Any = nn.Conv2d if options.ndim == 2 else nn.Conv3d
         side, width = options.patch_size, options.width
-        self.proj = convolution(options.in_channels, width, side, stride=side)
+        bias = not options.pre_norm
+        self.proj = convolution(options.in_channels, width, side, stride=side, bias=bias)
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
-        nn.init.zeros_(self.proj.bias)
+        if bias:
+            nn.init.zeros_(self.proj.bias)
 
 
 class _MLP(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(functional.gelu(self.fc1(x)))
+        x = self.fc1(x)
+        x = functional.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x)
+        y: Tensor = self.fc2(x)
         return y
 
 

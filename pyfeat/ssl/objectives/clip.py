@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pyfeat.losses import CLIPLoss, InfoNCELoss
 from pyfeat.ssl.networks.pretrained_text import PretrainedText
 from pyfeat.ssl.networks.text import TextEncoder, TextOptions
+from pyfeat.ssl.networks.vit import Activation
 from pyfeat.ssl.objectives.base import Batch, Plan
 from pyfeat.ssl.objectives.views import CropOptions, ViewObjective, augmentation, samples_of
 from pyfeat.ssl.options import AT_LEAST_ONE, FRACTION, Range
@@ -38,6 +39,9 @@ class CLIPOptions(CropOptions):
     text_length: Annotated[
         int, "Longest caption in bytes, of text_model in tokens; the rest is cut off.", Range(low=3)
     ] = 96
+    text_activation: Annotated[
+        Activation, "In a block of the text encoder; the published one has quick_gelu."
+    ] = "gelu"
     text_model: Annotated[
         str | None, "Folder or name of a transformers model in place of the text encoder."
     ] = None
@@ -49,6 +53,8 @@ class CLIPOptions(CropOptions):
 @OBJECTIVES.register("clip", CLIPOptions)
 class CLIP(ViewObjective):
     """Symmetric cross-entropy of images and captions over all processes, with a learned scale.
+
+    The published networks are those with ``pre_norm`` and ``quick_gelu``.
 
     Args:
         backbone: As in ``Objective``.
@@ -144,5 +150,12 @@ def _text_encoder(options: CLIPOptions) -> Any:
         return PretrainedText(
             options.text_model, length=options.text_length, trained=options.train_text
         )
-    width, depth = options.text_width, options.text_depth
-    return TextEncoder(TextOptions(width, depth, options.text_heads, options.text_length))
+    return TextEncoder(
+        TextOptions(
+            width=options.text_width,
+            depth=options.text_depth,
+            heads=options.text_heads,
+            length=options.text_length,
+            activation=options.text_activation,
+        )
+    )
