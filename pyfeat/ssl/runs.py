@@ -77,7 +77,7 @@ class Run:
         return read_metrics(self.folder)
 
     def backbone(self) -> nn.Module:
-        """Return the trained backbone, in evaluation mode and on the CPU.
+        """Return the trained backbone, in evaluation mode and on the CPU; of ``dino`` the teacher's.
 
         Raises:
             FileNotFoundError: If there is no checkpoint.
@@ -86,7 +86,8 @@ class Run:
         network = self.config.network
         with torch.random.fork_rng():
             backbone: nn.Module = NETWORKS.find(network.name).make(network.options)
-        return self.load_part(backbone, "backbone", f"network {network.name}")
+        made: Any = OBJECTIVES.find(self.config.objective.name).make
+        return self.load_part(backbone, made.handed_over, f"network {network.name}")
 
     def objective(self) -> Any:
         """Return the trained objective with all its parts, in evaluation mode and on the CPU.

@@ -3,7 +3,7 @@
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -83,7 +83,7 @@ class Objective(LightningModule, abc.ABC):
     ``group=self.group`` and ``reduce="ddp_mean"``.
 
     Args:
-        backbone: Images to features, as ``Features``; it is what a run hands over.
+        backbone: Images to features, as ``Features``.
         options: An instance of the options dataclass it is registered with.
         plan: What may be known of the run.
 
@@ -94,9 +94,11 @@ class Objective(LightningModule, abc.ABC):
         mean_loss: Of the latest step, over all processes.
         stop_asked: Set to True to end the run after a step.
         stop_agreed: Whether a process had been asked to before the latest step.
+        handed_over: Name of the part that a run gives as its backbone, one like ``backbone``.
     """
 
     backbone: Any  # nn.Module and Features
+    handed_over: ClassVar[str] = "backbone"
 
     def __init__(self, backbone: nn.Module, options: Any, plan: Plan) -> None:
         super().__init__()
@@ -119,7 +121,7 @@ class Objective(LightningModule, abc.ABC):
 
     def embed(self, batch: Batch) -> Tensor:
         """Return the features (B, D) that probes look at; without gradient, in evaluation mode."""
-        features: Tensor = self.backbone(batch["images"])
+        features: Tensor = self.get_submodule(self.handed_over)(batch["images"])
         return features
 
     def two_views(self, batch: Batch) -> tuple[Tensor, Tensor] | None:

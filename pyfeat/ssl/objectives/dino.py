@@ -59,9 +59,13 @@ class DINO(ViewObjective):
         teacher: Backbone, head and last layer, running means.
         center: Running mean of the teacher's outputs over all processes.
 
+    As in the published evaluation, the teacher's backbone is what a run hands over.
+
     Source: Caron et al., Emerging properties in self-supervised vision transformers, ICCV 2021,
     arXiv:2104.14294; Sinkhorn-Knopp and KoLeo: Oquab et al., DINOv2, 2023, arXiv:2304.07193.
     """
+
+    handed_over = "teacher.module.0"
 
     def __init__(self, backbone: nn.Module, options: DINOOptions, plan: Plan) -> None:
         super().__init__(backbone, options, plan, multi_crop(options, plan))

@@ -109,7 +109,7 @@ class ViewObjective(Objective):
 
     def embed(self, batch: Batch) -> Tensor:
         """Return the features (B, D) that probes look at."""
-        features: Tensor = self.backbone(samples_of(batch))
+        features: Tensor = self.get_submodule(self.handed_over)(samples_of(batch))
         return features
 
     def two_views(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
