@@ -133,6 +133,22 @@ def test_a_skip_that_is_off_passes_zeros(off: int) -> None:
     torch.testing.assert_close(found, deaf(images))
 
 
+def test_the_network_follows_its_formula() -> None:
+    network = UNet(width=4, levels=2).eval()
+    images = torch.rand(2, 3, 6, 9)
+    padded = torch.cat([images, images[:, :, -1:].expand(-1, -1, 2, -1)], dim=2)
+    padded = torch.cat([padded, padded[..., -1:].expand(-1, -1, -1, 3)], dim=3)  # 8 x 12
+    with torch.no_grad():
+        fine = network.down[0](padded)
+        coarse = network.down[1](fine.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax(dim=(3, 5)))
+        bottom = network.bottom(coarse.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax(dim=(3, 5)))
+        for skip, stage in ((coarse, network.up[1]), (fine, network.up[0])):
+            wide = bottom.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            bottom = stage(torch.cat([wide, skip], dim=1))
+        expected = 1 / (1 + (-network.last(bottom)).exp())
+        torch.testing.assert_close(network(images), expected[:, :, :6, :9])
+
+
 def test_the_network_takes_images_of_any_size_and_refuses_other_switches() -> None:
     network = UNet(width=4, levels=3).eval()
     for size in ((8, 8), (17, 30), (1, 5)):
