@@ -245,6 +245,11 @@ def test_augmented_images_stay_in_range_and_differ_between_draws() -> None:
     mirrored = [augment(images, RebuildOptions(zoom=0, brightness=0), generator) for _ in range(40)]
     for axes in ([], [2], [3], [2, 3]):
         assert any(torch.equal(view, images.flip(axes)) for view in mirrored)
+    lit = RebuildOptions(flip=False, zoom=0, brightness=0.4)
+    grey = torch.full((1, 3, 4, 4), 0.5)
+    factors = torch.stack([augment(grey, lit, generator).mean() / 0.5 for _ in range(80)])
+    assert 0.6 <= float(factors.min()) < 0.65
+    assert 1.35 < float(factors.max()) <= 1.4
 
 
 def test_training_follows_the_seed_and_lowers_the_loss() -> None:
@@ -267,6 +272,31 @@ def test_training_follows_the_seed_and_lowers_the_loss() -> None:
     assert torch.equal(first[1], again[1])
     assert first[0] != other[0]
     assert np.mean(first[0][-5:]) < 0.5 * np.mean(first[0][:5])
+
+
+def test_the_rate_falls_to_nothing_along_a_cosine() -> None:
+    class Constant(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.level = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.level.expand_as(images)
+
+    network = Constant()
+    levels = [0.0]
+    # Far from the images gradients hardly change, and a step of Adam is as long as its rate.
+    options = RebuildOptions(steps=20, lr=1e-4, ssim=0, msgms=0, brightness=0)
+    train_to_rebuild(
+        network,
+        torch.ones(2, 3, 8, 8),
+        lambda x, _: x,
+        options,
+        seed=0,
+        after_step=lambda: levels.append(float(network.level.detach())),
+    )
+    rates = (1 + np.cos(np.pi * np.arange(20) / 20)) / 2
+    np.testing.assert_allclose(np.diff(levels), 1e-4 * rates, rtol=0.02)
 
 
 def test_a_loss_that_is_nan_ends_training() -> None:
