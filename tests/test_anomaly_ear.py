@@ -132,6 +132,20 @@ def test_the_threshold_comes_from_images_that_were_not_learned_from(trained: EAR
     assert trained.threshold.value == pytest.approx(expected.value, rel=1e-5)
 
 
+def test_the_saliency_learns_from_what_the_network_learns_from() -> None:
+    class Learning(Oddness):
+        seen: Tensor
+
+        def fit(self, images: Tensor) -> None:
+            self.seen = images.clone()
+
+    saliency, images = Learning(), good(10, seed=1)
+    model(saliency, holdout=0.2).fit(images)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    assert torch.equal(saliency.seen.float(), pixels[order[2:].sort().values].half().float())
+
+
 def test_calibration_sets_the_threshold() -> None:
     fitted = model(false_alarm_rate=0.2).fit(good(4, seed=1))
     threshold = fitted.calibrate(good(30, seed=2))
@@ -186,6 +200,19 @@ def test_auto_takes_the_largest_block_that_does_not_give_the_cut_away() -> None:
     error = (image.pixels - image.rebuilt).square().mean(0)
     ratio = float(error[image.mask].mean() / error[~image.mask].mean())
     assert ratios[8] == pytest.approx(ratio, rel=1e-3)
+
+
+def test_auto_shows_all_blocks_by_turns_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[int | None] = []
+    original = Excision.shown
+
+    def shown(self: Excision, images: Tensor, masks: Tensor) -> Tensor:
+        blocks.append(self.block)
+        return original(self, images, masks)
+
+    monkeypatch.setattr(Excision, "shown", shown)
+    model(block="auto", training=replace(QUICK, steps=20)).fit(good(6, seed=1))
+    assert set(blocks[:20]) == {4, 8, 16}
 
 
 # Where images stand out.
