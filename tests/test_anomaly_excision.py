@@ -55,6 +55,11 @@ def test_a_cut_grows_by_cells_of_the_grid_of_the_saliency() -> None:
     assert int(small.sum()) == 13
     assert torch.equal(grown, dilate(small, [8, 8]))
     assert bool(small[0, 18:22, 18:22].any())
+    # Where cells do not divide an image, it grows by what covers them: 38 / 4 and 47 / 5, rounded up.
+    small, grown = (
+        Excision(area=0.01, dilation=steps).masks(saliency, (38, 47)) for steps in (0, 1)
+    )
+    assert torch.equal(grown, dilate(small, [10, 10]))
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 40])
