@@ -129,3 +129,16 @@ def test_confidence_above_the_median_of_known_rows_is_counted() -> None:
     assert diagnose(train, labels, test, unsure).above_median == 0.0
     assert diagnose(train, labels, test, sure).landings.tolist() == [0, 80]
     assert abs(diagnose(train, labels, test, test).above_median - 0.5) < 0.02
+
+
+def test_a_diagnosis_judges_rows_that_were_not_fitted_and_counts_every_class() -> None:
+    rng = np.random.default_rng(0)
+    train = rng.normal(size=(60, 3)) + 20 * np.eye(3)[np.arange(60) % 3]
+    # Of one distribution, in more dimensions than rows, a classifier tells apart what it has seen.
+    known, foreign = rng.normal(size=(2, 30, 100))
+    wide = np.concatenate([train, np.zeros((60, 97))], axis=1)
+    found = diagnose(wide, np.arange(60) % 3, known, foreign)
+    assert 0.2 < found.separability < 0.8
+    nearby = np.full((4, 3), [20.0, 0.0, 0.0]) + rng.normal(size=(4, 3))
+    landings = diagnose(train, np.arange(60) % 3, train[:6], nearby).landings
+    assert landings.tolist() == [4, 0, 0]
