@@ -153,7 +153,7 @@ def load(
     """Load the backbone of a run of ``pyfeat train``.
 
     Args:
-        run: Its folder, of which the newest checkpoint is taken.
+        run: Its folder, of which the newest checkpoint is taken; of ``dino`` the teacher.
         layers: As ``load_backbone``.
         device: As ``load_backbone``.
 

@@ -18,7 +18,9 @@ foreign patches. One U-Net, one number of steps and one loss for all: shown a mo
 whole image (a plain autoencoder); and the RIAD-like rival, three random disjoint grids of four sizes of
 cells, twelve passes an image. The cut is 30 % of the image, where patches of an ImageNet network are far
 from a memory of normal ones. All are scored by the highest smoothed residual of the whole image; "within
-noise" of the rival allows 0.97 of its AUROC.
+noise" of the rival allows 0.97 of its AUROC. Longer training, larger blocks and another residual do not turn
+the order of the hints: on seed 100, after 960 steps and by absolute residuals, it is 0.844 for mosaics of 8
+pixels, 0.847 for zeros and 0.870 for the autoencoder (after 240 steps 0.804 and 0.802 for the first two).
 """
 
 
