@@ -33,6 +33,7 @@ _VIT_NAMES = {
     r"\.mlp\.fc2\.": ".output.dense.",
     r"^norm\.": "layernorm.",
 }
+# "pre_layrnorm" is how transformers spells it.
 _CLIP_NAMES = {
     r"^cls_token$": "embeddings.class_embedding",
     r"^pos_embed$": "embeddings.position_embedding.weight",
