@@ -16,7 +16,7 @@ pytest.importorskip("kornia")
 from pyfeat.anomaly import EAR
 from pyfeat.anomaly.excision import Excision
 from pyfeat.anomaly.metrics import image_auroc, normal_threshold
-from pyfeat.anomaly.reconstruction import RebuildOptions, residual_maps, smooth
+from pyfeat.anomaly.reconstruction import NormalResiduals, RebuildOptions, residual_maps, smooth
 from pyfeat.anomaly.saliency import (
     AttentionSaliency,
     EnergySaliency,
@@ -87,12 +87,63 @@ def test_what_is_shown_and_judged_of_an_image_fits_together(trained: EAR) -> Non
         with torch.no_grad():
             rebuilt = trained.network(image.shown[None])
         torch.testing.assert_close(image.rebuilt, rebuilt[0])
-        residual = residual_maps(pixels, image.rebuilt[None], "msgms")
+        assert trained.normal is not None
+        residual = trained.normal(residual_maps(pixels, image.rebuilt[None], "msgms"))
         torch.testing.assert_close(image.plain_map, smooth(residual, 5)[0])
         torch.testing.assert_close(image.masked_map, smooth(residual * mask, 5)[0])
         assert image.plain_score == float(image.plain_map.max())
         assert image.masked_score == float(image.masked_map.max())
         assert image.shape == SIZE
+
+
+def test_residuals_are_judged_by_those_of_normal_images_at_the_same_pixel(trained: EAR) -> None:
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[10:].sort().values
+    pixels = torch.from_numpy(good(40, seed=1)[order]).permute(0, 3, 1, 2).float() / 255
+    images = list(trained.rebuild(pixels.half().float()))
+    residuals = torch.cat([residual_maps(i.pixels[None], i.rebuilt[None], "msgms") for i in images])
+    assert trained.normal is not None
+    torch.testing.assert_close(trained.normal.mean, residuals.mean(dim=0), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(trained.normal.spread, residuals.std(dim=0), rtol=1e-3, atol=1e-5)
+    expected = (residuals - residuals.mean(dim=0)) / (residuals.std(dim=0) + 1e-3)
+    found = torch.stack([image.plain_map for image in images])
+    torch.testing.assert_close(found, smooth(expected, 5), rtol=1e-2, atol=1e-3)
+
+
+def test_residuals_are_learned_again_for_another_residual() -> None:
+    images = good(20, seed=1)
+    fitted, again = (model(residual=kind).fit(images) for kind in ("msgms", "absolute"))
+    fitted.residual = "absolute"
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))[2:].sort().values
+    pixels = torch.from_numpy(images[order]).permute(0, 3, 1, 2).float() / 255
+    fitted.learn_residuals(pixels.half().float())
+    found, expected = (each.score(good(3, seed=2)) for each in (fitted, again))
+    torch.testing.assert_close(found.maps, expected.maps, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"EAR\.score: model must be fitted first"):
+        model().learn_residuals(images)
+
+
+def test_residuals_of_few_images_or_when_asked_for_are_judged_as_they_are() -> None:
+    few = model(residual="absolute").fit(good(17, seed=1))
+    assert few.summary.num_images == 15
+    plain = model(residual="absolute", relative=False).fit(good(18, seed=1))
+    for each in (few, plain):
+        assert each.normal is None
+        for image in each.rebuild(good(2, seed=2)):
+            residual = residual_maps(image.pixels[None], image.rebuilt[None], "absolute")
+            torch.testing.assert_close(image.plain_map, smooth(residual, 5)[0])
+
+
+def test_spreads_of_residuals_are_those_of_all_batches_together() -> None:
+    residuals = torch.rand(20, 4, 3, generator=torch.Generator().manual_seed(0))
+    residuals[:, 0, 0] = 0.25  # alike in all images, to the last bit
+    normal = NormalResiduals.of(torch.split(residuals, 7))
+    assert normal is not None
+    torch.testing.assert_close(normal.mean, residuals.mean(dim=0))
+    torch.testing.assert_close(normal.spread, residuals.std(dim=0))
+    assert normal.spread[0, 0] == 0
+    assert torch.equal(normal(residuals[:1])[0, 0, :1], torch.zeros(1))
+    assert NormalResiduals.of([residuals[:15]]) is None
+    assert NormalResiduals.of([]) is None
 
 
 @pytest.mark.parametrize("weighting", ["plain", "masked"])
@@ -225,11 +276,13 @@ def test_a_loaded_model_is_the_same(kind: str, tmp_path: Path) -> None:
         make(),
         skips=np.array([False, True]),
         residual="absolute",
+        relative=np.True_,
         weighting="masked",
         excision=Excision(area=0.2, dilation=1, hint="mosaic"),
         block="auto" if kind == "own" else np.int64(4),
         seed=np.int64(3),
-    ).fit(good(6, seed=1))
+    ).fit(good(20 if kind == "own" else 6, seed=1))
+    assert (fitted.normal is not None) == (kind == "own")
     fitted.save(tmp_path / "model")
     loaded = EAR.load(tmp_path / "model", saliency=again(), batch_size=5)
     expected, found = (each.score(good(5, seed=2)) for each in (fitted, loaded))
@@ -241,6 +294,7 @@ def test_a_loaded_model_is_the_same(kind: str, tmp_path: Path) -> None:
         "excision",
         "skips",
         "residual",
+        "relative",
         "weighting",
         "training",
         "holdout",
@@ -252,6 +306,21 @@ def test_a_loaded_model_is_the_same(kind: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / "ear.json").read_text())["kind"] == "EAR"
     with pytest.raises(ValueError, match=r"EAR\.load: saliency must be given"):
         EAR.load(tmp_path / "model")
+
+
+def test_a_model_without_its_normal_residuals_is_refused_unless_it_is_older(tmp_path: Path) -> None:
+    fitted = model().fit(good(20, seed=1))
+    fitted.save(tmp_path / "model")
+    (tmp_path / "model" / "normal.safetensors").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"EAR|normal\.safetensors"):
+        EAR.load(tmp_path / "model", saliency=Oddness())
+    manifest = json.loads((tmp_path / "model" / "ear.json").read_text())
+    older = {k: v for k, v in manifest.items() if k not in ("relative", "normal")}
+    (tmp_path / "model" / "ear.json").write_text(json.dumps({**older, "format_version": 1}))
+    loaded = EAR.load(tmp_path / "model", saliency=Oddness())
+    assert not loaded.relative
+    fitted.normal = None
+    assert torch.equal(loaded.score(good(2, seed=2)).maps, fitted.score(good(2, seed=2)).maps)
 
 
 def test_a_model_of_a_named_backbone_is_loaded_by_its_folder_alone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pyfeat.anomaly.reconstruction import RebuildOptions, RebuiltImage, residual
 from pyfeat.anomaly.saliency import EnergySaliency, MemorySaliency, Saliency
 from pyfeat.features import load_backbone
 
-SIDE, WINDOW = 64, 7
+SIDE, WINDOW, BLOCK = 64, 7, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class _Random(Saliency):
 
 def figures_of(images: Images, seed: int, *, short: bool) -> Iterator[Figure]:
     """Train three EARs and a rival, and compare them."""
-    training = RebuildOptions(steps=1 if short else 240, batch_size=4, lr=2e-3)
+    training = RebuildOptions(steps=1 if short else 480, batch_size=4, lr=2e-3)
     # The stage of stride 8 alone: 64 pixels have too few cells on that of 16.
     backbone = load_backbone("efficientnet_lite0", layers=["_blocks.4"], dtype=torch.float32)
     models: dict[str, EAR] = {}
@@ -56,7 +56,7 @@ def figures_of(images: Images, seed: int, *, short: bool) -> Iterator[Figure]:
         models[hint] = EAR(
             MemorySaliency(backbone),
             image_size=SIDE,
-            excision=Excision(hint=hint),
+            excision=Excision(hint=hint, block=BLOCK),
             width=8,
             levels=3,
             window=WINDOW,
@@ -123,6 +123,7 @@ def _mask_matters(
     try:
         for kind, source in sources.items():
             ear.saliency = source
+            ear.learn_residuals(images.train)
             if images.defects is not None:
                 masks = torch.stack([each.mask for each in ear.rebuild(images.bad)])
                 covers[kind] = coverage(masks, images.defects)
@@ -131,6 +132,7 @@ def _mask_matters(
                 yield Figure(claim, "mask by saliency", own, "random mask", _auroc(ear, images))
     finally:
         ear.saliency = saliency
+        ear.learn_residuals(images.train)
     for kind in ("memory", "energy"):
         if covers:
             claim = f"share of defective pixels in the cut, {name}"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pyfeat.anomaly.reconstruction import (
+    NormalResiduals,
     RebuildOptions,
     residual_maps,
     smooth,
@@ -19,12 +20,15 @@ class Riad:
     """A U-Net that rebuilds a random third of the cells of a grid from the rest.
 
     Source: Zavrtanik et al., Reconstruction by inpainting for visual anomaly detection, Pattern
-    Recognition 2021; its losses and its residual, the mean over sizes of cells.
+    Recognition 2021; its losses and its residual, the mean over sizes of cells. That is judged by
+    the residuals of the images learned from, which is no part of it: as EAR does, for both to have
+    the same.
     """
 
     def __init__(self, *, width: int, levels: int, training: RebuildOptions, window: int) -> None:
         self.network = UNet(width, levels)
         self.training, self.window = training, window
+        self.normal: NormalResiduals | None = None
 
     def fit(self, images: Tensor, seed: int) -> "Riad":
         """Learn from (N, 3, H, W) in [0, 1]."""
@@ -34,10 +38,17 @@ class Riad:
             return batch * (hidden_sets(batch.shape[2:], cell, generator) != 0)
 
         train_to_rebuild(self.network, images, shown, self.training, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        parts = torch.split(images, 16)
+        self.normal = NormalResiduals.of(self._residuals(part, generator) for part in parts)
         return self
 
     def maps(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Residuals (B, H, W), with other grids each time."""
+        """Smoothed residuals (B, H, W), with other grids each time."""
+        residuals = self._residuals(images, generator)
+        return smooth(residuals if self.normal is None else self.normal(residuals), self.window)
+
+    def _residuals(self, images: Tensor, generator: torch.Generator) -> Tensor:
         residuals = []
         for cell in CELLS:
             sets = hidden_sets(images.shape[2:], cell, generator)
@@ -48,7 +59,7 @@ class Riad:
                     rebuilt = self.network(images * ~hidden)
                 whole = torch.where(hidden, rebuilt, whole)
             residuals.append(residual_maps(images, whole, "msgms"))
-        return smooth(torch.stack(residuals).mean(dim=0), self.window)
+        return torch.stack(residuals).mean(dim=0)
 
     def scores(self, images: Tensor, seed: int) -> Tensor:
         """Highest residuals (B,); the seed decides the grids."""

@@ -17,6 +17,7 @@ from pyfeat.anomaly.metrics import Threshold, normal_threshold
 from pyfeat.anomaly.progress import progress_bar
 from pyfeat.anomaly.reconstruction import (
     RESIDUALS,
+    NormalResiduals,
     RebuildOptions,
     RebuiltImage,
     ResidualName,
@@ -53,6 +54,9 @@ class EAR:
         skips: Skip connections that are on in scoring, from the finest down; None is all. All are on
             in training; with the finer ones off, fine detail cannot be copied.
         residual: "msgms", similarity of gradients on several scales, or "absolute".
+        relative: Judge a residual by those of the images of ``fit`` at the same pixel, in their
+            spreads above their mean. From 16 images on; meant for aligned parts, of which some
+            places are always hard to rebuild, and harmless for textures.
         window: Side in pixels of the square over which residuals are averaged; odd.
         weighting: "plain" judges whole images, "masked" only what was cut out.
         training: How the network learns.
@@ -83,6 +87,7 @@ class EAR:
         levels: int = 4,
         skips: Sequence[bool] | None = None,
         residual: ResidualName = "msgms",
+        relative: bool = True,
         window: int = 21,
         weighting: Literal["plain", "masked"] = "plain",
         training: RebuildOptions | None = None,
@@ -123,13 +128,14 @@ class EAR:
         self.width, self.levels = width, levels
         self.skips = None if skips is None else tuple(bool(on) for on in skips)
         self.residual: ResidualName = residual
-        self.window = window
+        self.relative, self.window = bool(relative), window
         self.weighting: Literal["plain", "masked"] = weighting
         self.training = RebuildOptions() if training is None else training
         self.holdout, self.false_alarm_rate = holdout, false_alarm_rate
         self.seed, self.batch_size = int(seed), batch_size
         self.device = torch.device(device or "cpu")
         self.network: UNet | None = None
+        self.normal: NormalResiduals | None = None  # of ``fit``, if ``relative``
         self.threshold: Threshold | None = None
         self.summary = EARSummary()
         self.skipped: list[SkippedImage] = []  # of the latest fit or score
@@ -185,12 +191,26 @@ class EAR:
         self.network, self.summary, self.threshold = network, summary, None
         if self.chooses_block and count:
             self._choose_block(network, held_out, summary)
+        skipped, self.normal = self.skipped, None
+        if self.relative:
+            self.learn_residuals(train)
         if count:
-            skipped = self.skipped
             scores = [result.score for result in self.stream(held_out)]
-            self.skipped = skipped
             self.threshold = normal_threshold(scores, false_alarm_rate=self.false_alarm_rate)
+        self.skipped = skipped
         return self
+
+    def learn_residuals(self, images: ImageInput, *, strict: bool = False) -> None:
+        """Take what is left over of normal images as what is normal; ``fit`` does so if ``relative``.
+
+        To be called, and ``calibrate`` after it, when ``residual``, ``skips`` or ``saliency`` were
+        changed. Under 16 images leave residuals to be judged as they are. Errors as ``score``.
+        """
+        rebuilt = self.rebuild(images, strict=strict)
+        self.normal = NormalResiduals.of(
+            residual_maps(image.pixels[None], image.rebuilt[None], self.residual)
+            for image in rebuilt
+        )
 
     def calibrate(
         self, images: ImageInput, *, strict: bool = False, progress: bool = False
@@ -262,6 +282,8 @@ class EAR:
             for batch, pixels in batched(stream, self.batch_size):
                 masks, shown, rebuilt = self._rebuilt(self.network, pixels, self.excision)
                 residual = residual_maps(pixels, rebuilt, self.residual)
+                if self.normal is not None:
+                    residual = self.normal(residual)
                 plain, masked = (smooth(r, self.window) for r in (residual, residual * masks))
                 for i, image in enumerate(batch):
                     yield RebuiltImage(

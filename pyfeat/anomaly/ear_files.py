@@ -12,7 +12,7 @@ import torch
 from pyfeat._storage import load_tensors, read_manifest, save_tensors
 from pyfeat.anomaly.excision import Excision
 from pyfeat.anomaly.metrics import Threshold
-from pyfeat.anomaly.reconstruction import RebuildOptions
+from pyfeat.anomaly.reconstruction import NormalResiduals, RebuildOptions
 from pyfeat.anomaly.saliency import (
     AttentionSaliency,
     EnergySaliency,
@@ -24,9 +24,9 @@ from pyfeat.anomaly.unet import UNet
 if TYPE_CHECKING:
     from pyfeat.anomaly.ear import EAR
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "ear.json"
-_NETWORK, _SALIENCY = "network.safetensors", "saliency"
+_NETWORK, _NORMAL, _SALIENCY = "network.safetensors", "normal.safetensors", "saliency"
 
 # Constructor arguments of EAR that the manifest keeps as they are.
 _SETTINGS = (
@@ -34,6 +34,7 @@ _SETTINGS = (
     "levels",
     "skips",
     "residual",
+    "relative",
     "window",
     "weighting",
     "holdout",
@@ -80,12 +81,16 @@ def write_files(model: "EAR", folder: Path) -> None:
             "fingerprint": saliency.fingerprint(),
             **saliency.settings(),
         },
+        "normal": model.normal is not None,
         "threshold": dataclasses.asdict(model.threshold) if model.threshold else None,
         "summary": dataclasses.asdict(model.summary),
     }
     if model.network is not None:
         state = model.network.state_dict()
         save_tensors(folder / _NETWORK, state, kind="EAR", version=FORMAT_VERSION, header={})
+    if model.normal is not None:
+        state = {"mean": model.normal.mean, "spread": model.normal.spread}
+        save_tensors(folder / _NORMAL, state, kind="EAR", version=FORMAT_VERSION, header={})
     # Arguments may have been NumPy scalars, which JSON does not know.
     text = json.dumps(manifest, indent=2, default=operator.methodcaller("item"))
     (folder / MANIFEST).write_text(text + "\n")
@@ -102,7 +107,8 @@ def read_files(
     """Read what ``write_files`` wrote; arguments and errors as ``EAR.load``."""
     op = "EAR.load"
     path = folder / MANIFEST
-    manifest = read_manifest(op, path, FORMAT_VERSION)
+    # Version 1 judged residuals as they are.
+    manifest = {"relative": False, "normal": False} | read_manifest(op, path, FORMAT_VERSION)
     try:
         source = _read_saliency(op, folder / _SALIENCY, dict(manifest["saliency"]), saliency)
         model = factory(
@@ -121,6 +127,11 @@ def read_files(
         network = UNet(model.width, model.levels)
         tensors, _ = load_tensors(folder / _NETWORK, kind="EAR", version=FORMAT_VERSION)
         network.load_state_dict(tensors)
+        if manifest["normal"]:
+            tensors, _ = load_tensors(folder / _NORMAL, kind="EAR", version=FORMAT_VERSION)
+            shape = model.image_size
+            mean, spread = (tensors[name].view(shape) for name in ("mean", "spread"))
+            model.normal = NormalResiduals(mean, spread)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         message = f"{op}: path must hold a whole model, got {path} ({error!r})"
         raise ValueError(message) from error

@@ -67,10 +67,12 @@ def about(model: Detector) -> About:
     if isinstance(model, EAR):
         sentence = (
             f"EAR, excision by {model.saliency.kind or 'a saliency of your own'}, mosaics of "
-            f"{model.excision.block} pixels, {model.residual} residuals."
+            f"{model.excision.block} pixels, {model.residual} residuals{', relative' if model.normal else ''}."
         )
         # The score of an image is the peak of its map.
         unit = "residual of what was rebuilt"
+        if model.normal:
+            unit += ", in spreads above that of normal images"
         return About(sentence, model.summary.num_images, unit, model.threshold)
     if isinstance(model, LSFA):
         names = " and ".join(extractor.name for extractor in model.extractors.values())

@@ -1,6 +1,6 @@
 """Rebuilding images: how far a rebuilt image is from its original, and how a network learns it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,9 @@ RESIDUALS: tuple[ResidualName, ...] = ("msgms", "absolute")
 # c of the similarity of gradient magnitudes: 170 of its source, for pixels in [0, 1] (170 / 255^2).
 _GMS_CONSTANT = 0.0026
 _SCALES = 4
+# Below a quarter of one grey level of 256, what differs between normal images is rounding.
+_LEAST_SPREAD = 1e-3
+_FEWEST = 16  # images from which a spread at each pixel is worth more than none
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class RebuiltImage:
     mask: Tensor  # (H, W) bool, True was cut out
     shown: Tensor  # (3, H, W) what the network saw
     rebuilt: Tensor  # (3, H, W) what it made of that
-    plain_map: Tensor  # (H, W) smoothed residual
-    masked_map: Tensor  # (H, W) the same of what was cut out; the rest counts as rebuilt perfectly
+    plain_map: Tensor  # (H, W) smoothed residual, relative to normal ones where the model has them
+    masked_map: Tensor  # (H, W) the same of what was cut out; the rest counts as 0
     plain_score: float  # highest of plain_map
     masked_score: float  # highest of masked_map
 
@@ -142,6 +145,40 @@ def residual_maps(images: Tensor, rebuilt: Tensor, kind: ResidualName) -> Tensor
         for s in gradient_scales(images, rebuilt)
     ]
     return 1 - torch.stack(maps).mean(dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class NormalResiduals:
+    """What is left over of normal images, pixel by pixel.
+
+    Structure that no network rebuilds, such as an edge that lies elsewhere in every image, leaves
+    more than a defect does where all images are alike.
+
+    Attributes:
+        mean: (H, W) float32, of residuals.
+        spread: (H, W) float32, their standard deviation.
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, batches: Iterable[Tensor]) -> "NormalResiduals | None":
+        """Take residuals (B, H, W) of normal images, batch by batch; None if there are under 16."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for residuals in batches:
+            doubles = residuals.double()
+            count += len(doubles)
+            total, squares = total + doubles.sum(dim=0), squares + doubles.square().sum(dim=0)
+        if count < _FEWEST:
+            return None
+        mean = total / count
+        variance = (squares - count * mean.square()) / (count - 1)
+        return cls(mean.float(), variance.clamp_min(0).sqrt().float())
+
+    def __call__(self, residuals: Tensor) -> Tensor:
+        """Say how many spreads residuals (B, H, W) are above the mean; below it, negative."""
+        return (residuals - self.mean) / (self.spread + _LEAST_SPREAD)
 
 
 def smooth(maps: Tensor, window: int) -> Tensor:
