@@ -98,6 +98,18 @@ def test_the_loss_falls_on_one_batch(name: str) -> None:
     assert [len(features) for features in objective.two_views(data)] == [8, 8]
 
 
+def test_probes_and_alarms_look_at_the_teacher_of_dino() -> None:
+    objective, data = make("dino", num_prototypes=12, small_views=2, **SMALL).eval(), batch()
+    with torch.no_grad():
+        for parameter in objective.teacher.parameters():
+            parameter.mul_(1.5)
+    objective.augment.augmentations[0] = torch.nn.Identity()
+    expected = objective.teacher.module[0](data["images"])
+    assert not torch.allclose(expected, objective.backbone(data["images"]))
+    for features in (objective.embed(data), *objective.two_views(data)):
+        assert torch.equal(features, expected)
+
+
 def test_simclr_is_the_cross_entropy_of_partners() -> None:
     objective, views = make("simclr", temperature=0.3, **SMALL), torch.rand(2, 6, 3, 32, 32)
     objective.augment = Fixed(views)

@@ -113,9 +113,10 @@ class ViewObjective(Objective):
         return features
 
     def two_views(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """Return the features of two views, of the first augmentation."""
+        """Return such features of two views, of the first augmentation."""
         augment, samples = self.augment.augmentations[0], samples_of(batch)
-        return self.backbone(augment(samples)), self.backbone(augment(samples))
+        network = self.get_submodule(self.handed_over)
+        return network(augment(samples)), network(augment(samples))
 
 
 def encode(network: nn.Module, views: list[Tensor]) -> list[Tensor]:
