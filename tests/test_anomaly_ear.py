@@ -142,6 +142,7 @@ def test_spreads_of_residuals_are_those_of_all_batches_together() -> None:
     torch.testing.assert_close(normal.spread, residuals.std(dim=0))
     assert normal.spread[0, 0] == 0
     assert torch.equal(normal(residuals[:1])[0, 0, :1], torch.zeros(1))
+    assert NormalResiduals.of([residuals[:16]]) is not None
     assert NormalResiduals.of([residuals[:15]]) is None
     assert NormalResiduals.of([]) is None
 
