@@ -118,6 +118,11 @@ def test_residuals_are_learned_again_for_another_residual() -> None:
     fitted.learn_residuals(pixels.half().float())
     found, expected = (each.score(good(3, seed=2)) for each in (fitted, again))
     torch.testing.assert_close(found.maps, expected.maps, rtol=1e-3, atol=1e-3)
+    left = [(i.pixels - i.rebuilt).abs().mean(dim=0) for i in fitted.rebuild(pixels.half().float())]
+    assert fitted.normal is not None
+    torch.testing.assert_close(fitted.normal.mean, torch.stack(left).mean(dim=0))
+    fitted.relative = False
+    assert fitted.fit(images).normal is None
     with pytest.raises(ValueError, match=r"EAR\.score: model must be fitted first"):
         model().learn_residuals(images)
 
