@@ -20,9 +20,8 @@ cells, twelve passes an image. The cut is 30 % of the image, where patches of an
 from a memory of normal ones. All are scored by the highest smoothed residual of the
 whole image, relative to those of the images learned from at the same pixel; "within noise" of the rival, which is
 judged alike, allows 0.97 of its AUROC. Blocks of a mosaic have 8 pixels, 480 steps. Textures go on alike everywhere,
-so that a hole is rebuilt from what is around it, and a mosaic says more about a foreign patch than about the
-texture: longer training (960 steps), blocks of 4 and 16 pixels and absolute residuals did not turn the order of the
-hints on seed 100. Where the coarse picture cannot be known, as in the cells below, it can be another.
+so that zeros do: the hole is rebuilt from what is around it. Longer training (960 steps), blocks of 4 and 16 pixels
+and absolute residuals did not turn the order of the hints on seed 100; real cells, below, do.
 """
 
 
