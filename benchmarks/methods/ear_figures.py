@@ -115,7 +115,7 @@ def _against_rival(
 def _mask_matters(
     ear: EAR, images: Images, own: float, seed: int, energy: Saliency
 ) -> Iterator[Figure]:
-    name, saliency = images.name, ear.saliency
+    name, saliency, normal = images.name, ear.saliency, ear.normal
     masked = _auroc(ear, images, "masked")
     yield Figure(f"image AUROC, {name}", "judged in the cut only", masked, "judged everywhere", own)
     covers: dict[str, float] = {}
@@ -123,16 +123,15 @@ def _mask_matters(
     try:
         for kind, source in sources.items():
             ear.saliency = source
-            ear.learn_residuals(images.train)
             if images.defects is not None:
                 masks = torch.stack([each.mask for each in ear.rebuild(images.bad)])
                 covers[kind] = coverage(masks, images.defects)
             if kind == "random":
+                ear.learn_residuals(images.train)
                 claim = f"image AUROC, {name}"
                 yield Figure(claim, "mask by saliency", own, "random mask", _auroc(ear, images))
     finally:
-        ear.saliency = saliency
-        ear.learn_residuals(images.train)
+        ear.saliency, ear.normal = saliency, normal
     for kind in ("memory", "energy"):
         if covers:
             claim = f"share of defective pixels in the cut, {name}"

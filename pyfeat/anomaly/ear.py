@@ -56,7 +56,7 @@ class EAR:
         residual: "msgms", similarity of gradients on several scales, or "absolute".
         relative: Judge a residual by those of the images of ``fit`` at the same pixel, in their
             spreads above their mean. From 16 images on; meant for aligned parts, of which some
-            places are always hard to rebuild, and harmless for textures.
+            places are always hard to rebuild; on textures it changes little.
         window: Side in pixels of the square over which residuals are averaged; odd.
         weighting: "plain" judges whole images, "masked" only what was cut out.
         training: How the network learns.
