@@ -64,8 +64,8 @@ Kernel = dict[str, Any]
 def compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """For each architecture what waits for its compiler, which runs beside those of the others."""
 
-    def compile_for(arch: int) -> subprocess.CompletedProcess[str]:
-        environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+    def compile_for(arch: int, cache: Path) -> subprocess.CompletedProcess[str]:
+        environment = dict(os.environ, TRITON_CACHE_DIR=str(cache))
         environment.pop("TRITON_INTERPRET", None)
         return subprocess.run(
             [sys.executable, "-m", "tests.test_triton_compile", str(arch)],
@@ -77,7 +77,10 @@ def compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
         )
 
     pool = ThreadPoolExecutor(len(ARCHS))
-    return {arch: pool.submit(compile_for, arch) for arch in ARCHS}
+    # pytest numbers its folders without a lock, so they are made here and not in the threads.
+    return {
+        arch: pool.submit(compile_for, arch, tmp_path_factory.mktemp("triton")) for arch in ARCHS
+    }
 
 
 @pytest.fixture(scope="module", params=ARCHS, ids=lambda arch: f"sm_{arch}")
