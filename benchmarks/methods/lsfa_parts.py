@@ -32,10 +32,10 @@ class Kept:
         return self._extractor.fingerprint()
 
 
-def adaptation(*, align: bool, compact: bool, epochs: int) -> Adaptation:
+def adaptation(*, align: bool, compact: bool, short: bool) -> Adaptation:
     """The defaults with a smaller head, and one or both of the losses."""
     return Adaptation(
-        epochs=epochs,
+        epochs=2 if short else Adaptation.epochs,
         projection=128,
         local_alignment=1.0 if align else 0.0,
         global_alignment=0.1 if align else 0.0,

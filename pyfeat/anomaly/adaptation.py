@@ -108,9 +108,13 @@ class AdaptorSet(nn.Module):
 
     def forward(self, modality: str, patches: Tensor) -> Tensor:
         """Scale and adapt patches (B, N, C)."""
-        centred = patches - self.get_buffer(f"centre_{modality}")
-        adapted: Tensor = self.adaptors[modality](centred / self.get_buffer(f"scale_{modality}"))
+        adapted: Tensor = self.adaptors[modality](self.scaled(modality, patches))
         return adapted
+
+    def scaled(self, modality: str, patches: Tensor) -> Tensor:
+        """What the adaptor of a modality takes of patches (B, N, C)."""
+        centred = patches - self.get_buffer(f"centre_{modality}")
+        return centred / self.get_buffer(f"scale_{modality}")
 
 
 class AdaptationRun:
@@ -181,10 +185,12 @@ class AdaptationRun:
     def _step(self, numbers: Tensor) -> dict[str, Tensor]:
         """Gradients of the loss of samples (B,); their adapted patches (B, N, C), detached."""
         valid = self.store.valid(numbers)
-        adapted = {
-            m: self.adaptors(m, self.store.patches(m, numbers)) for m in self.store.modalities
+        taken = {
+            m: self.adaptors.scaled(m, self.store.patches(m, numbers))
+            for m in self.store.modalities
         }
-        losses = self._losses(numbers, adapted, valid)
+        adapted = {m: self.adaptors.adaptors[m](patches) for m, patches in taken.items()}
+        losses = self._losses(numbers, taken, adapted, valid)
         total = torch.stack(list(losses.values())).sum()
         if total.requires_grad:
             torch.autograd.backward(total)
@@ -192,9 +198,13 @@ class AdaptationRun:
         return {m: patches.detach() for m, patches in adapted.items()}
 
     def _losses(
-        self, numbers: Tensor, adapted: Mapping[str, Tensor], valid: Tensor
+        self,
+        numbers: Tensor,
+        taken: Mapping[str, Tensor],
+        adapted: Mapping[str, Tensor],
+        valid: Tensor,
     ) -> dict[str, Tensor]:
-        """The weighted parts of the loss, by name."""
+        """The weighted parts of the loss, by name, of what adaptors take and make of it."""
         options = self.options
         means = {m: means_of(patches, valid) for m, patches in adapted.items()}
         parts = {"none": torch.zeros(())}
@@ -219,8 +229,9 @@ class AdaptationRun:
                     )
         if options.compactness and len(self.losses) >= self.start_step:
             for m, patches in adapted.items():
-                spread = spread_of(patches, valid) if options.relative else torch.ones(())
-                share = options.compactness / spread
+                share = torch.tensor(options.compactness)
+                if options.relative:
+                    share = share * spread_of(taken[m], valid) / spread_of(patches, valid)
                 parts[f"compactness {m}"] = share * self._distance(m, numbers, patches, valid)
                 if options.global_compactness:
                     share = share * options.global_compactness

@@ -13,6 +13,8 @@ from pyfeat.bank_distance import bank_min_distance
 from pyfeat.losses import info_nce
 
 Negatives = Literal["batch", "sample"]
+# Of adaptors' features, whose variance is 1 on average when training begins.
+_LEAST_VARIANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,15 @@ class Adaptation:
 
     Certain in the published code are the weights, the temperature, the capacities, the bound, the betas and
     a learning rate of 3e-4 for batches of 8. It takes some 40 steps, each of 16 batches, and begins with
-    compactness after 60 batches. Our choices: about as many steps of one batch each for some sixty samples,
-    and compactness after the first pass; residual branches that begin at 0, so that training
-    begins with the features as they are; the bound in root mean square distances of features from their
-    mean, in place of sqrt(50) in units of the published extractors; that LC and GC are relative to the
-    spread of patches, as scores are, for else they are least where all patches shrink alike; and that a sample is not compared
-    with its own earlier patches, which a memory as large as the set would always find nearest. The loss
-    on rotated views, which the paper does not have, is left out.
+    compactness after 60 batches. Our choices: some hundred steps of one batch each for sixty samples, at 5e-4, and compactness after the
+    first pass; residual branches that begin at 0, so that training begins
+    with the features as they are; the bound in root mean square distances of features from their
+    mean, in place of sqrt(50) in units of the published extractors; that LC and GC are relative to what
+    an adaptor makes of the spread of patches along all directions, for else they are least where patches
+    shrink alike, or where all but a few directions do; that negatives are of the same sample, as the paper
+    is read, for those of others are told apart by light and pose, which compactness is to remove; and that a
+    sample is not compared with its own earlier patches, which a memory as large as the set would always
+    find nearest. The loss on rotated views, which the paper does not have, is left out.
 
     Attributes:
         epochs: Passes over the samples.
@@ -50,9 +54,9 @@ class Adaptation:
         compactness: Weight, >= 0.
         global_compactness: Weight of means relative to patches, >= 0.
         temperature: Of InfoNCE, > 0.
-        negatives: Patches that are negatives of a patch: of the "batch", as in the code, or of its own
-            "sample", as the paper is read.
-        relative: Divide LC and GC by the spread of the patches of the batch.
+        negatives: Patches that are negatives of a patch: of its own "sample", as the paper is read, or of
+            the "batch", as in the code.
+        relative: Divide LC and GC by how much wider adaptors make the patches of the batch spread.
         capacity: Patches of a class that are remembered; no more than one pass has.
         global_capacity: Means of a class that are remembered.
         start_step: First step with compactness; None: that after one pass over the samples.
@@ -62,9 +66,9 @@ class Adaptation:
         heads: Of attention, at most; the largest number that divides the features is taken.
     """
 
-    epochs: int = 6
+    epochs: int = 12
     batch_size: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     warmup: float = 0.1
     weight_decay: float = 0.01
     local_alignment: float = 1.0
@@ -72,7 +76,7 @@ class Adaptation:
     compactness: float = 0.9
     global_compactness: float = 0.4
     temperature: float = 1.0
-    negatives: Negatives = "batch"
+    negatives: Negatives = "sample"
     relative: bool = True
     capacity: int = 60_000
     global_capacity: int = 100
@@ -144,10 +148,21 @@ def means_of(patches: Tensor, valid: Tensor) -> Tensor:
 
 
 def spread_of(patches: Tensor, valid: Tensor) -> Tensor:
-    """Root mean square () of the features of valid patches (B, N, D), less their mean patch."""
-    rows = patches[valid]
-    variance = (rows - rows.mean(dim=0)).square().mean()
-    return variance.clamp_min(1e-12).sqrt()
+    """Geometric mean () of the spreads of valid patches (B, N, D) along all their directions.
+
+    Unlike their root mean square it does not grow where one direction grows and all others shrink.
+
+    Precision: covariances in float64, plus 0.001 for directions in which patches are all alike.
+    """
+    rows = patches[valid].double()
+    centred = rows - rows.mean(dim=0)
+    covariance = centred.mT @ centred / len(rows)
+    covariance = covariance + _LEAST_VARIANCE * torch.eye(len(covariance)).to(covariance)
+    factor = torch.linalg.cholesky(
+        covariance
+    )  # its diagonal multiplies to the root of the determinant
+    spread: Tensor = factor.diagonal().log().mean().exp()
+    return spread.to(patches)
 
 
 def alignment(
