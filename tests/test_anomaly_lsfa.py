@@ -112,6 +112,11 @@ def test_extractors_of_our_own_are_made_again_from_the_file(tmp_path: Path) -> N
         LSFA.load(tmp_path / "model", xyz=other)
 
 
+def test_extractors_have_names() -> None:
+    names = {name: LSFA(None, name).extractors["xyz"].name for name in ("fpfh", "normals")}
+    assert names == {"fpfh": "fpfh", "normals": "normals, backbone efficientnet_lite0"}
+
+
 def test_an_extractor_of_the_user_must_be_given_again(tmp_path: Path) -> None:
     train, _ = train_and_test()
     model(adaptation=None).fit(train).save(tmp_path / "model")
@@ -317,7 +322,7 @@ def test_wrong_features_of_an_extractor_are_refused(features: torch.Tensor, mess
     ("options", "message"),
     [
         ({"rgb": None, "xyz": None}, "rgb must be given where xyz is None"),
-        ({"xyz": "pointnet"}, "xyz must be 'fpfh' or an extractor, got 'pointnet'"),
+        ({"xyz": "pointnet"}, "xyz must be one of 'fpfh', 'normals', got 'pointnet'"),
         ({"scoring": "anomalydino"}, "scoring must be one of"),
         ({"weights": (1.0,)}, r"weights must hold 2, got \(1.0,\)"),
         ({"weights": (0.0, 0.0)}, "weights must be at least 0 and not all 0"),
