@@ -141,6 +141,36 @@ def test_relative_compactness_does_not_fall_when_all_patches_shrink(relative: bo
     assert parts[1] / parts[0] == pytest.approx(1.0 if relative else 0.5, rel=0.01)
 
 
+def test_relative_compactness_is_the_distance_where_nothing_is_adapted_yet() -> None:
+    store = store_of()
+    numbers = torch.arange(4)
+    valid = store.valid(numbers)
+    taken = {m: torch.randn(4, NUM_PATCHES, store.dim(m)) for m in ("rgb", "xyz")}
+    adapted = {m: rows.clone().requires_grad_() for m, rows in taken.items()}
+    found = []
+    for relative in (True, False):
+        run = run_on(store, replace(QUICK, relative=relative, start_step=0, max_distance=99.0))
+        run._remember(torch.tensor([5, 4, 3, 2]), {m: 2 * rows + 1 for m, rows in taken.items()})
+        found.append(run._losses(numbers, taken, adapted, valid)["compactness rgb"])
+    assert found[0].item() == pytest.approx(found[1].item(), rel=1e-5)
+    # The two differ in what they gain from narrower patches: the relative one pays for it.
+    (paid,), (free,) = (torch.autograd.grad(loss, adapted["rgb"]) for loss in found)
+    spread = torch.log(spread_of(adapted["rgb"], valid))
+    (narrower,) = torch.autograd.grad(spread, adapted["rgb"])
+    assert torch.allclose(paid, free - found[1].detach() * narrower, atol=1e-6)
+
+
+def test_negatives_of_alignment_are_of_the_same_sample_unless_told() -> None:
+    store = store_of()
+    numbers, run = torch.arange(4), run_on(store)
+    valid = store.valid(numbers)
+    taken = {m: torch.randn(4, NUM_PATCHES, store.dim(m)) for m in ("rgb", "xyz")}
+    first, second = (run.heads[m](rows) for m, rows in taken.items())
+    expected = alignment(first, second, valid, temperature=1.0, negatives="sample")
+    found = run._losses(numbers, taken, taken, valid)["local alignment"]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_spread_is_over_all_directions_alike() -> None:
     patches = torch.randn(3, 40, 4)
     valid = torch.rand(3, 40) < 0.7
