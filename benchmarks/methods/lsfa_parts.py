@@ -37,9 +37,9 @@ def adaptation(*, align: bool, compact: bool, short: bool) -> Adaptation:
     return Adaptation(
         epochs=2 if short else Adaptation.epochs,
         projection=128,
-        local_alignment=1.0 if align else 0.0,
-        global_alignment=0.1 if align else 0.0,
-        compactness=0.9 if compact else 0.0,
+        local_alignment=Adaptation.local_alignment if align else 0.0,
+        global_alignment=Adaptation.global_alignment if align else 0.0,
+        compactness=Adaptation.compactness if compact else 0.0,
     )
 
 

@@ -31,17 +31,22 @@ class Adaptation:
       other samples, at most ``max_distance``.
     - GC: the same for means.
 
-    Certain in the published code are the weights, the temperature, the capacities, the bound, the betas and
-    a learning rate of 3e-4 for batches of 8. It takes some 40 steps, each of 16 batches, and begins with
-    compactness after 60 batches. Our choices: some hundred steps of one batch each for sixty samples, at 5e-4, and compactness after the
-    first pass; residual branches that begin at 0, so that training begins
-    with the features as they are; the bound in root mean square distances of features from their
-    mean, in place of sqrt(50) in units of the published extractors; that LC and GC are relative to what
-    an adaptor makes of the spread of patches along all directions, for else they are least where patches
-    shrink alike, or where all but a few directions do; that negatives are of the same sample, as the paper
-    is read, for those of others are told apart by light and pose, which compactness is to remove; and that a
-    sample is not compared with its own earlier patches, which a memory as large as the set would always
-    find nearest. The loss on rotated views, which the paper does not have, is left out.
+    Certain in the published code are the weights (0.9 of compactness), the temperature, the capacities,
+    the bound, the betas and a learning rate of 3e-4 for batches of 8. It takes some 40 steps, each of 16
+    batches, and begins with compactness after 60 batches. The loss on rotated views, which the paper does
+    not have, is left out. Our choices:
+
+    - some hundred steps of one batch each for sixty samples, at 5e-4, and compactness after the first
+      pass;
+    - residual branches that begin at 0, so that training begins with the features as they are;
+    - distances, and their bound, in root mean squares of features less their mean, in place of the units
+      of the published extractors; compactness then weighs 0.3;
+    - LC and GC relative to what an adaptor makes of the spread of patches along all directions: else they
+      are least where patches shrink alike, or where all but a few directions do;
+    - negatives of the same sample, as the paper is read: those of others are told apart by light and
+      pose, which compactness is to remove;
+    - no sample is compared with its own earlier patches, which a memory as large as the set would always
+      find nearest.
 
     Attributes:
         epochs: Passes over the samples.
@@ -73,7 +78,7 @@ class Adaptation:
     weight_decay: float = 0.01
     local_alignment: float = 1.0
     global_alignment: float = 0.1
-    compactness: float = 0.9
+    compactness: float = 0.3
     global_compactness: float = 0.4
     temperature: float = 1.0
     negatives: Negatives = "sample"
