@@ -181,6 +181,8 @@ def test_spread_is_over_all_directions_alike() -> None:
     # One direction 8 times as wide, the others half: what counts for distances, their mean, grows.
     changed = patches * torch.tensor([8.0, 0.5, 0.5, 0.5])
     assert spread_of(changed, valid).item() == pytest.approx(found.item(), rel=0.01)
+    exact = patches.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda rows: spread_of(rows, valid), (exact,))
     alike = torch.ones(3, 40, 4)
     assert spread_of(alike, valid).item() == pytest.approx(1e-3**0.5, rel=1e-5)
 
