@@ -175,13 +175,14 @@ class _Spread(torch.autograd.Function):
         covariance = patches.new_zeros((dim, dim), dtype=torch.float64)
         for rows, mask in zip(patches, valid, strict=True):
             total += rows[mask].double().sum(dim=0)
+        mean = total / count
         for rows, mask in zip(patches, valid, strict=True):
-            centred = rows[mask].double() - total / count
+            centred = rows[mask].double() - mean
             covariance.addmm_(centred.mT, centred, alpha=1 / count)
         covariance.diagonal().add_(_LEAST_VARIANCE)
         factor = torch.linalg.cholesky(covariance)  # its diagonal: the root of the determinant
         spread: Tensor = factor.diagonal().log().mean().exp()
-        ctx.save_for_backward(patches, valid, total / count, factor, spread)
+        ctx.save_for_backward(patches, valid, mean, factor, spread)
         return spread.to(patches)
 
     @staticmethod
