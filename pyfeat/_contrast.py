@@ -74,10 +74,10 @@ def memory_budget() -> int:
 def set_memory_budget(num_bytes: int) -> None:
     """Let the losses keep so many bytes of similarities from the forward to the backward pass.
 
-    What is kept is not computed again: all 4 N M bytes save one product of matrices in four. If these do
-    not fit, a quarter of the budget is used, for a small part saves little. 1 GiB to begin with; on the
-    CPU only, and not of float64 features. The memory stays for the next call, Linux takes it back when it
-    runs short; to set the budget gives it up.
+    What is kept is not computed again: all 4 N M bytes save one product of matrices in four. If less
+    than half of these fit, a quarter of the budget is used, for a small part saves little. 1 GiB to begin
+    with; on the CPU only, and not of float64 features. The memory stays for the next call, Linux takes it
+    back when it runs short; to set the budget gives it up.
 
     Args:
         num_bytes: At least 0.

@@ -35,12 +35,15 @@ def kept_panels(
 ) -> tuple[int, int]:
     """How many row panels of tiles are kept, and the floats they have.
 
-    All of them if they fit; else as many as fit in a quarter: a small part of many tiles saves little.
+    As many as fit if these are half of them; else as many as fit in a quarter: a small part of many
+    tiles saves little.
     """
     panel = _panel_size(num_columns, dtype)
-    panels = -(-num_rows // _C.tile_shape(getattr(_C.Dtype, dtype_name(dtype)))[0]) if panel else 0
-    if 4 * panels * panel > num_bytes:
-        panels = num_bytes // 4 // (4 * panel)
+    if panel == 0:
+        return 0, 0
+    panels = -(-num_rows // _C.tile_shape(getattr(_C.Dtype, dtype_name(dtype)))[0])
+    fit = num_bytes // (4 * panel)
+    panels = min(panels, fit) if 2 * fit >= panels else fit // 4
     return panels, panels * panel
 
 

@@ -47,9 +47,10 @@ def test_nothing_is_kept_beyond_the_budget(dtype: torch.dtype) -> None:
     panel = 4 * height * width * -(-1000 // width)
     panels = -(-1000 // height)
     assert kept_panels(1000, 1000, dtype, panels * panel) == (panels, panels * panel // 4)
-    assert (
-        kept_panels(1000, 1000, dtype, panels * panel - 1)[0] == (panels * panel - 1) // 4 // panel
-    )
+    assert kept_panels(1000, 1000, dtype, panels * panel - 1)[0] == panels - 1
+    half = -(-panels // 2)
+    assert kept_panels(1000, 1000, dtype, half * panel)[0] == half
+    assert kept_panels(1000, 1000, dtype, half * panel - 1)[0] == (half - 1) // 4
     assert kept_panels(1000, 1000, dtype, 12 * panel - 1)[0] == 2
     assert kept_panels(0, 1000, dtype, 1 << 30) == (0, 0)
     assert kept_panels(1000, 0, dtype, 1 << 30) == (0, 0)

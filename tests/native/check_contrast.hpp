@@ -97,6 +97,40 @@ void check_schedule(std::int64_t num_rows, std::int64_t num_columns, bool itself
     }
 }
 
+// Sums of lanes whose exponents lie far apart, one lane and then a whole row without terms; and
+// copies of them.
+void check_lanes(std::mt19937& random) {
+    const PowerKernels& powers = checked.powers;
+    constexpr int kRows = 5;
+    const int lanes = powers.lanes, count = kRows * lanes;
+    AlignedFloats exponents(count), sums(count), copy(count + lanes);
+    std::normal_distribution<float> normal;
+    for (int i = 0; i < count; ++i) {
+        const bool missing = i == lanes || i / lanes == kRows - 1;
+        exponents.data()[i] = missing ? kNoProduct : std::rint(300.0F * normal(random));
+        sums.data()[i] = missing ? 0.0F : 1.0F + std::abs(normal(random));
+    }
+    float row_exponents[kRows];
+    double row_sums[kRows];
+    powers.add_lanes(exponents.data(), sums.data(), kRows, row_exponents, row_sums);
+    for (int r = 0; r < kRows; ++r) {
+        const float* row = exponents.data() + r * lanes;
+        const float largest = *std::max_element(row, row + lanes);
+        double sum = 0.0;
+        for (int i = 0; i < lanes; ++i) {
+            sum += sums.data()[r * lanes + i] *
+                   std::exp2(static_cast<double>(row[i]) - static_cast<double>(largest));
+        }
+        expect(row_exponents[r] == largest, "exponent of lanes", 0, r);
+        expect(std::abs(row_sums[r] - sum) <= 1e-7 * sum, "sum of lanes", 0, r);
+    }
+    std::fill_n(copy.data(), count + lanes, -1.0F);
+    powers.copy_past_caches(sums.data(), count, copy.data());
+    for (int i = 0; i < count + lanes; ++i) {
+        expect(copy.data()[i] == (i < count ? sums.data()[i] : -1.0F), "copy", 0, i);
+    }
+}
+
 // Products of features with the last rows and columns of a block of dS, two tiles high and two
 // tiles wide but for one column: all rows of the sums but the last are written. Where dS is rounded
 // to pairs, what is expected is rounded too.

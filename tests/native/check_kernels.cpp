@@ -194,7 +194,6 @@ void check_tiles(const TileKernels& tiles, int precision, std::int64_t dim, std:
     }
 }
 
-// The products of one tile, as powers of two, and what a loss does with them.
 void check_largest_bytes() {
     // Bytes at their limits, where narrow sums would overflow.
     const std::int64_t dim = 4096;
@@ -248,11 +247,12 @@ int main() {
         check_contrast(*contrast, random);
     }
     for (const bool itself : {false, true}) {
-        for (const std::int64_t num_rows : {1, 95, 97, 200, 389, 1000}) {
+        for (const std::int64_t num_rows : {1, 95, 97, 200, 389, 1000, 2500}) {
             check_schedule(num_rows, num_rows, itself);
         }
     }
     check_schedule(70, 1000, false);
+    check_lanes(random);
     check_largest_bytes();
     std::printf("fingerprint %llx, %d wrong\n", (unsigned long long)fingerprint, num_wrong);
     return num_wrong == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

@@ -25,6 +25,9 @@ inline Floats load(const float* p) {
 inline void store(float* p, Floats v) {
     _mm256_store_ps(p, v);
 }
+inline void store_past_caches(float* p, Floats v) {
+    _mm256_stream_ps(p, v);
+}
 inline Floats load_unaligned(const float* p) {
     return _mm256_loadu_ps(p);
 }

@@ -23,6 +23,9 @@ inline Floats load(const float* p) {
 inline void store(float* p, Floats v) {
     vst1q_f32(p, v);
 }
+inline void store_past_caches(float* p, Floats v) {
+    store(p, v);
+}
 inline Floats load_unaligned(const float* p) {
     return vld1q_f32(p);
 }

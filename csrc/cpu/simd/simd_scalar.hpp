@@ -21,6 +21,9 @@ inline Floats load(const float* p) {
 inline void store(float* p, Floats v) {
     *p = v;
 }
+inline void store_past_caches(float* p, Floats v) {
+    store(p, v);
+}
 inline Floats load_unaligned(const float* p) {
     return *p;
 }

@@ -85,9 +85,40 @@ void add_powers(const float* products, const pyfeat::PowerSums& sums) {
     }
 }
 
+void add_lanes(const float* exponents,
+               const float* sums,
+               int num_rows,
+               float* row_exponents,
+               double* row_sums) {
+    for (int r = 0; r < num_rows; ++r) {
+        const float* row = exponents + r * kLanes;
+        float largest = row[0];
+        for (int i = 1; i < kLanes; ++i) {
+            largest = largest > row[i] ? largest : row[i];
+        }
+        alignas(64) float moved[kLanes];
+        store(
+            moved,
+            multiply(load(sums + r * kLanes),
+                     times_power_of_two(broadcast(1.0F), subtract(load(row), broadcast(largest)))));
+        double sum = 0.0;
+        for (const float lane : moved) {
+            sum += static_cast<double>(lane);
+        }
+        row_exponents[r] = largest;
+        row_sums[r] = sum;
+    }
+}
+
+void copy_past_caches(const float* values, std::int64_t count, float* to) {
+    for (std::int64_t i = 0; i < count; i += kLanes) {
+        store_past_caches(to + i, load(values + i));
+    }
+}
+
 constexpr pyfeat::PowerKernels power_kernels() {
     static_assert(kLanes <= pyfeat::kMaxLanes && kTileVectors <= 4);
-    return {kLanes, power_of_two};
+    return {kLanes, power_of_two, add_lanes, copy_past_caches};
 }
 
 }  // namespace

@@ -136,14 +136,17 @@ class GradientProducts {
 
   private:
     void add_part(const PartPair& pair, GradientBlock& block) {
-        for (std::int64_t column = pair.columns.first; column < pair.columns.end;
-             column += kGradientColumns) {
-            for (std::int64_t row = pair.rows.first; row < pair.rows.end; row += kGradientRows) {
+        const std::int64_t height =
+            even_chunk(pair.rows.end - pair.rows.first, kGradientRows, tiles_.queries);
+        const std::int64_t width =
+            even_chunk(pair.columns.end - pair.columns.first, kGradientColumns, tiles_.rows);
+        for (std::int64_t column = pair.columns.first; column < pair.columns.end; column += width) {
+            for (std::int64_t row = pair.rows.first; row < pair.rows.end; row += height) {
                 if (execution_.stop_requested()) {
                     return;
                 }
-                add_block({row, std::min(pair.rows.end, row + kGradientRows)},
-                          {column, std::min(pair.columns.end, column + kGradientColumns)},
+                add_block({row, std::min(pair.rows.end, row + height)},
+                          {column, std::min(pair.columns.end, column + width)},
                           pair,
                           block);
             }

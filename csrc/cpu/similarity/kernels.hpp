@@ -184,6 +184,16 @@ struct PowerKernels {
     // powers[i] = 2^exponents[i] for exponents up to 127; off by at most 1.5 units in the last
     // place, by 2^-126 below that.
     void (*power_of_two)(const float* exponents, std::int64_t count, float* powers);
+    // Adds up the sums of a row's lanes under the largest of their exponents, which is kNoProduct
+    // where there is none.
+    void (*add_lanes)(const float* exponents,
+                      const float* sums,
+                      int num_rows,
+                      float* row_exponents,
+                      double* row_sums);
+    // Copies to 64-byte boundaries past the caches, which are left to what is read sooner. Visible
+    // to other threads after a fence.
+    void (*copy_past_caches)(const float* values, std::int64_t count, float* to);
 };
 
 // Of the pairs of one tile, which are positive and which do not count. Ids are whole numbers of 32
@@ -224,8 +234,8 @@ struct SoftplusSums {
     float* sigmoids;  // [MR, lanes], of y sigmoid(Z)
 };
 
-constexpr std::int64_t kGradientRows = 96;      // a multiple of every MR
-constexpr std::int64_t kGradientColumns = 480;  // a multiple of every NR
+constexpr std::int64_t kGradientRows = 192;     // a multiple of every MR
+constexpr std::int64_t kGradientColumns = 320;  // a multiple of every NR
 // From one row to the next; not a multiple of 2 KB, which would fill few sets of the cache.
 constexpr std::int64_t kGradientStride = kGradientColumns + 16;
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -242,6 +243,7 @@ class ProductTiles {
 
     // Returns early if asked to stop.
     void run(PanelRange a_panels, PanelRange b_panels, Epilogue& epilogue) const {
+        const auto copy = engine_.kernels.powers.copy_past_caches;
         for (std::int64_t first = b_panels.first; first < b_panels.end; first += strip_) {
             const std::int64_t end = std::min(b_panels.end, first + strip_);
             for (std::int64_t i = a_panels.first; i < a_panels.end; ++i) {
@@ -256,7 +258,7 @@ class ProductTiles {
                         const std::int64_t size = tiles_.queries * tiles_.rows;
                         const std::int64_t tile =
                             (first_a_panel_ + i) * num_b_panels_ + first_b_panel_ + j;
-                        std::copy_n(products, size, kept_.products + tile * size);
+                        copy(products, size, kept_.products + tile * size);
                     }
                     hide_missing(a_.count(i), b_.count(j), products);
                     epilogue.add_tile(products, i, j);
@@ -264,6 +266,7 @@ class ProductTiles {
                 epilogue.end_strip(i);
             }
         }
+        std::atomic_thread_fence(std::memory_order_seq_cst);  // copies reach other threads
     }
 
   private:

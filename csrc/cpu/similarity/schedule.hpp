@@ -32,10 +32,7 @@ class PairSchedule {
           row_unit_(itself ? tiles.own_unit() : tiles.queries),
           column_unit_(itself ? row_unit_ : tiles.rows),
           itself_(itself),
-          num_parts_(std::clamp<std::int64_t>(
-              std::min(num_rows, num_columns) / std::max<std::int64_t>(row_unit_, kLeastPart),
-              1,
-              kMostParts)) {}
+          num_parts_(count_parts(std::min(num_rows, num_columns))) {}
 
     std::int64_t num_rounds() const {
         return itself_ ? num_players() : num_parts_;
@@ -62,8 +59,15 @@ class PairSchedule {
     }
 
   private:
-    static constexpr std::int64_t kLeastPart = 64, kMostParts = 32;
+    static constexpr std::int64_t kLeastPart = 64, kGoodPart = 256, kFewParts = 8, kMostParts = 32;
 
+    // Sums that a part adds to come from the third-level cache, the less often the larger parts
+    // are; but there must be some for every thread.
+    std::int64_t count_parts(std::int64_t count) const {
+        const std::int64_t most = count / std::max<std::int64_t>(row_unit_, kLeastPart);
+        return std::clamp<std::int64_t>(
+            std::min(most, std::max(kFewParts, count / kGoodPart)), 1, kMostParts);
+    }
     // With an odd number of parts somebody pauses.
     std::int64_t num_players() const {
         return num_parts_ + num_parts_ % 2;

@@ -68,7 +68,7 @@ class Softplus {
                 {softplus_, sigmoids_},
                 gradient);
         }
-        // float32 sums have got one term for every register of the strip's tiles: 30 at most.
+        // float32 sums have got a term for every register of a strip: kGradientColumns / lanes.
         void end() {
             for (int i = 0; i < whole_.height_ * whole_.lanes_; ++i) {
                 const std::int64_t row = row_ + i / whole_.lanes_;

@@ -101,7 +101,7 @@ class RowAndColumnSums {
                      double* column_sums,
                      const TileTerms& terms,
                      const ProductStatistics& statistics)
-        : lanes_(engine.kernels.powers.lanes),
+        : powers_(engine.kernels.powers),
           add_powers_(engine.contrast.add_powers),
           adjust_(terms.empty() && statistics.row_largest == nullptr ? nullptr
                                                                      : engine.contrast.adjust),
@@ -136,9 +136,12 @@ class RowAndColumnSums {
     }
 
     void end_strip(std::int64_t a_panel) {
-        for (int i = 0; i < height_ * lanes_; ++i) {
-            if (exponents_[i] != kNoProduct) {
-                rows_[a_panel * height_ + i / lanes_].add(exponents_[i], sums_[i]);
+        float exponents[kMaxTileQueries];
+        double sums[kMaxTileQueries];
+        powers_.add_lanes(exponents_, sums_, height_, exponents, sums);
+        for (int r = 0; r < height_; ++r) {
+            if (exponents[r] != kNoProduct) {
+                rows_[a_panel * height_ + r].add(static_cast<double>(exponents[r]), sums[r]);
             }
         }
         clear();
@@ -146,11 +149,11 @@ class RowAndColumnSums {
 
   private:
     void clear() {
-        std::fill_n(exponents_, height_ * lanes_, kNoProduct);
-        std::fill_n(sums_, height_ * lanes_, 0.0F);
+        std::fill_n(exponents_, height_ * powers_.lanes, kNoProduct);
+        std::fill_n(sums_, height_ * powers_.lanes, 0.0F);
     }
 
-    int lanes_;
+    const PowerKernels& powers_;
     decltype(ContrastKernels::add_powers) add_powers_;
     decltype(ContrastKernels::adjust) adjust_;
     TileTerms terms_;               // from the first row and column on
