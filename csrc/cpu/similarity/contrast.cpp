@@ -58,7 +58,7 @@ class SoftmaxGradient {
   public:
     SoftmaxGradient(const ContrastGradientParams& params, double unit, const ContrastEngine& engine)
         : kernel_(engine.contrast.gradient),
-          terms_(params.pairs, params.a.num_rows, params.b.num_rows),
+          terms_(params.pairs, params.a.num_rows, params.b.num_rows, engine.tiles),
           rows_(params.row_lse,
                 params.row_weights,
                 params.row_positives,
@@ -76,7 +76,7 @@ class SoftmaxGradient {
 
         void add(const float* products, std::int64_t column, int, float* gradient) const {
             whole_.kernel_(products,
-                           whole_.terms_.from(row_, column).terms,
+                           whole_.terms_.tile(row_, column),
                            whole_.rows_.from(row_),
                            whole_.columns_.from(column),
                            gradient);

@@ -205,6 +205,11 @@ struct PairTile {
     bool keep_positives;                      // unless positive
     bool separate_positives;                  // positive pairs have no power
     bool only_positives;                      // others have none
+
+    bool empty() const {
+        return column_bias == nullptr && row_ids == nullptr && row_groups == nullptr &&
+               !only_positives;
+    }
 };
 
 // Of the products of a tile; null where not wanted.

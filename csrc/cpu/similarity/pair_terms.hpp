@@ -3,8 +3,10 @@
 // the units of powers of two.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "cpu/similarity/kernels.hpp"
 #include "cpu/similarity/pack.hpp"
@@ -13,44 +15,69 @@
 
 namespace pyfeat {
 
-// Of the rows and columns from some on.
-struct TileTerms {
-    PairTile terms;
+// Ids of rows or columns in panels, filled up with one that no other has; none if there are none.
+class PanelIds {
+  public:
+    PanelIds(const std::int32_t* ids, std::int64_t count, int width, std::int32_t none)
+        : width_(width) {
+        if (ids == nullptr) {
+            return;
+        }
+        padded_.reserve(count + kPadding);
+        std::memcpy(padded_.data(), ids, static_cast<std::size_t>(count) * sizeof(float));
+        for (std::int64_t i = 0; i < kPadding; ++i) {
+            std::memcpy(padded_.data() + count + i, &none, sizeof(none));
+        }
+        for (std::int64_t i = 0; i < count; i += width) {
+            const auto [least, most] =
+                std::minmax_element(ids + i, ids + std::min(count, i + width));
+            ranges_.push_back({*least, *most});
+        }
+    }
 
     bool empty() const {
-        return terms.column_bias == nullptr && terms.row_ids == nullptr &&
-               terms.row_groups == nullptr;
+        return ranges_.empty();
     }
-    PairTile tile(std::int64_t row, std::int64_t column) const {
-        const auto at = [](const float* values, std::int64_t index) {
-            return values == nullptr ? nullptr : values + index;
-        };
-        return {at(terms.column_bias, column),
-                at(terms.row_ids, row),
-                at(terms.column_ids, column),
-                at(terms.row_groups, row),
-                at(terms.column_groups, column),
-                terms.keep_positives,
-                terms.separate_positives,
-                terms.only_positives};
+    // From the first row or column of a panel on.
+    const float* from(std::int64_t first) const {
+        return padded_.data() + first;
     }
+    // Whether the panel of this row may have an id of the panel of that column.
+    bool may_meet(std::int64_t row, const PanelIds& columns, std::int64_t column) const {
+        const Range& ours = ranges_[static_cast<std::size_t>(row / width_)];
+        const Range& theirs = columns.ranges_[static_cast<std::size_t>(column / columns.width_)];
+        return ours.least <= theirs.most && theirs.least <= ours.most;
+    }
+
+    static constexpr std::int64_t kPadding = kMaxTileQueries + kMaxTileRows;
+
+  private:
+    struct Range {
+        std::int32_t least, most;
+    };
+
+    int width_;
+    AlignedFloats padded_;
+    std::vector<Range> ranges_;  // of every panel
 };
 
 class PaddedTerms {
   public:
-    PaddedTerms(const PairTerms& pairs, std::int64_t num_rows, std::int64_t num_columns)
-        : keep_positives_(pairs.keep_positives),
+    PaddedTerms(const PairTerms& pairs,
+                std::int64_t num_rows,
+                std::int64_t num_columns,
+                const TileKernels& tiles)
+        : row_ids_(pairs.row_ids, num_rows, tiles.queries, kNoRow),
+          column_ids_(pairs.column_ids, num_columns, tiles.rows, kNoColumn),
+          row_groups_(pairs.row_groups, num_rows, tiles.queries, kNoRow),
+          column_groups_(pairs.column_groups, num_columns, tiles.rows, kNoColumn),
+          keep_positives_(pairs.keep_positives),
           separate_positives_(pairs.separate_positives),
           only_positives_(pairs.only_positives) {
-        // Ids of rows and columns that are not there equal none.
-        constexpr std::int32_t kNoRow = -1, kNoColumn = -2;
-        pad(pairs.row_ids, num_rows, kNoRow, row_ids_);
-        pad(pairs.column_ids, num_columns, kNoColumn, column_ids_);
-        pad(pairs.row_groups, num_rows, kNoRow, row_groups_);
-        pad(pairs.column_groups, num_columns, kNoColumn, column_groups_);
         if (pairs.column_bias != nullptr) {
-            column_bias_.reserve(num_columns + kPadding);
-            std::fill_n(column_bias_.data(), num_columns + kPadding, 0.0F);
+            const std::int64_t padded = num_columns + PanelIds::kPadding;
+            column_bias_.reserve(padded);
+            std::fill_n(column_bias_.data(), padded, 0.0F);
             for (std::int64_t c = 0; c < num_columns; ++c) {
                 column_bias_.data()[c] =
                     static_cast<float>(kLog2E * static_cast<double>(pairs.column_bias[c]));
@@ -58,38 +85,39 @@ class PaddedTerms {
         }
     }
 
-    // Rows and columns count from these on, which are the first of a panel.
-    TileTerms from(std::int64_t row, std::int64_t column) const {
-        const TileTerms all{{column_bias_.data(),
-                             row_ids_.data(),
-                             column_ids_.data(),
-                             row_groups_.data(),
-                             column_groups_.data(),
-                             keep_positives_,
-                             separate_positives_,
-                             only_positives_}};
-        return {all.tile(row, column)};
+    // Of the tile of these panels, named by their first row and column; without ids and groups of
+    // which no two can be equal.
+    PairTile tile(std::int64_t row, std::int64_t column) const {
+        const bool ids = !row_ids_.empty() && row_ids_.may_meet(row, column_ids_, column);
+        const bool groups =
+            !row_groups_.empty() && row_groups_.may_meet(row, column_groups_, column);
+        return {column_bias_.data() == nullptr ? nullptr : column_bias_.data() + column,
+                ids ? row_ids_.from(row) : nullptr,
+                ids ? column_ids_.from(column) : nullptr,
+                groups ? row_groups_.from(row) : nullptr,
+                groups ? column_groups_.from(column) : nullptr,
+                keep_positives_,
+                separate_positives_,
+                only_positives_};
     }
 
   private:
-    static constexpr std::int64_t kPadding = kMaxTileQueries + kMaxTileRows;
+    // Ids of rows and columns that are not there equal none.
+    static constexpr std::int32_t kNoRow = -1, kNoColumn = -2;
 
-    static void pad(const std::int32_t* ids,
-                    std::int64_t count,
-                    std::int32_t none,
-                    AlignedFloats& padded) {
-        if (ids == nullptr) {
-            return;
-        }
-        padded.reserve(count + kPadding);
-        std::memcpy(padded.data(), ids, static_cast<std::size_t>(count) * sizeof(float));
-        for (std::int64_t i = 0; i < kPadding; ++i) {
-            std::memcpy(padded.data() + count + i, &none, sizeof(none));
-        }
-    }
-
-    AlignedFloats column_bias_, row_ids_, column_ids_, row_groups_, column_groups_;
+    PanelIds row_ids_, column_ids_, row_groups_, column_groups_;
+    AlignedFloats column_bias_;
     bool keep_positives_, separate_positives_, only_positives_;
+};
+
+// The same, rows and columns being counted from these on, which are the first of a panel.
+struct TileTerms {
+    const PaddedTerms& all;
+    std::int64_t first_row, first_column;
+
+    PairTile tile(std::int64_t row, std::int64_t column) const {
+        return all.tile(first_row + row, first_column + column);
+    }
 };
 
 }  // namespace pyfeat

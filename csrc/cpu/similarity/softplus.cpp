@@ -34,7 +34,7 @@ class Softplus {
         : kernel_(engine.contrast.softplus),
           lanes_(engine.kernels.powers.lanes),
           height_(engine.tiles.queries),
-          terms_(params.pairs, params.a.num_rows, params.b.num_rows),
+          terms_(params.pairs, params.a.num_rows, params.b.num_rows, engine.tiles),
           weights_(padded(params.weights, params.a.num_rows, params.scale / unit)) {
         const double bias = params.bias / Base2::kLog;
         bias_ = static_cast<float>(bias);
@@ -63,7 +63,7 @@ class Softplus {
         void add(const float* products, std::int64_t column, int num_columns, float* gradient) {
             whole_.kernel_(
                 products,
-                whole_.terms_.from(row_, column).terms,
+                whole_.terms_.tile(row_, column),
                 {whole_.bias_, whole_.bias_rest_, num_columns, whole_.weights_.data() + row_},
                 {softplus_, sigmoids_},
                 gradient);

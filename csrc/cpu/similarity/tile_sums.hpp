@@ -103,8 +103,7 @@ class RowAndColumnSums {
                      const ProductStatistics& statistics)
         : powers_(engine.kernels.powers),
           add_powers_(engine.contrast.add_powers),
-          adjust_(terms.empty() && statistics.row_largest == nullptr ? nullptr
-                                                                     : engine.contrast.adjust),
+          adjust_(engine.contrast.adjust),
           terms_(terms),
           statistics_(statistics),
           height_(engine.tiles.queries),
@@ -116,23 +115,21 @@ class RowAndColumnSums {
     }
 
     void add_tile(float* products, std::int64_t a_panel, std::int64_t b_panel) {
-        if (adjust_ != nullptr) {
-            const std::int64_t row = a_panel * height_, column = b_panel * width_;
+        const std::int64_t row = a_panel * height_, column = b_panel * width_;
+        const PairTile pairs = terms_.tile(row, column);
+        if (!pairs.empty() || statistics_.row_largest != nullptr) {
             const auto from = [](auto* values, std::int64_t first) {
                 return values == nullptr ? nullptr : values + first;
             };
             adjust_(products,
-                    terms_.tile(row, column),
+                    pairs,
                     {from(statistics_.row_positives, row),
                      from(statistics_.column_positives, column),
                      from(statistics_.row_largest, row),
                      from(statistics_.column_largest, column)});
         }
         add_powers_(products,
-                    {exponents_,
-                     sums_,
-                     column_exponents_ + b_panel * width_,
-                     column_sums_ + b_panel * width_});
+                    {exponents_, sums_, column_exponents_ + column, column_sums_ + column});
     }
 
     void end_strip(std::int64_t a_panel) {
@@ -178,7 +175,7 @@ class TileSums {
           tiles_(engine.tiles),
           execution_(execution),
           factors_(factors),
-          terms_(params.pairs, params.a.num_rows, params.b.num_rows),
+          terms_(params.pairs, params.a.num_rows, params.b.num_rows, engine.tiles),
           totals_(params.a.num_rows, params.itself ? 0 : params.b.num_rows),
           largest_(params.row_largest == nullptr ? 0 : to_size(params.a.num_rows), kNoProduct) {}
 
@@ -288,7 +285,7 @@ class TileSums {
                                   &rows_[to_size(j * height_)],
                                   columns_.exponents(i),
                                   columns_.sums(i),
-                                  whole_.terms_.from(first_row_, first_column_),
+                                  {whole_.terms_, first_row_, first_column_},
                                   {row_positives_.part(j),
                                    with_columns ? column_positives_.part(i) : nullptr,
                                    row_largest_.part(j),
