@@ -2,6 +2,7 @@
 #include "cpu/sampling/deform_attn.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "cpu/blocks.hpp"
@@ -26,85 +27,87 @@ class DeformAttn {
           num_pairs_(params.batch * params.heads),
           queries_per_task_(
               even_chunk(std::max<std::int64_t>(params.num_queries, 1), kQueriesPerTask, 1)),
-          workers_(static_cast<std::size_t>(execution.num_threads())) {}
+          workers_(static_cast<std::size_t>(execution.num_threads())) {
+        table_.space_rows(values_.row_bytes());
+    }
 
     void forward(Real* output) {
-        for_groups([&](Range pairs) {
-            for_query_tasks(pairs, [&](std::int64_t pair, Range queries, Worker& worker) {
+        for_query_ranges(
+            [&](std::int64_t pair, Range queries, const Values& values, Worker& worker) {
                 kernels_.gather(table_.points(),
                                 samples(pair, queries),
-                                values_.cells(pair, pairs),
+                                values,
                                 params_.dim,
                                 features(output, pair, queries.first),
                                 worker.scratch);
             });
-        });
     }
 
     // The gradient by the values of a pair is made by one task, or with fewer pairs than threads
     // by one for each slice of the features: in the order of the queries in any case.
     void backward(const DeformAttnGradients& given) {
-        if (given.value != nullptr) {
-            prefer_huge_pages(
-                given.value,
-                params_.batch * params_.num_cells * params_.heads * params_.dim * kRealBytes);
-        }
         const bool sliced = num_pairs_ < execution_.num_threads() && values_.width() > kPointBlock;
+        if (given.value == nullptr || sliced) {
+            for_query_ranges(
+                [&](std::int64_t pair, Range queries, const Values& values, Worker& worker) {
+                    const auto to = point_gradients(given, pair, queries.first);
+                    add_gradients(given, pair, values, queries, to, worker);
+                });
+        }
+        if (given.value == nullptr) {
+            return;
+        }
+        prefer_huge_pages(
+            given.value,
+            params_.batch * params_.num_cells * params_.heads * params_.dim * kRealBytes);
         const bool in_place = sliced || !values_.packs();
-        if (given.value != nullptr && in_place) {
+        if (in_place) {
             fill_with_zeros(static_cast<Real*>(given.value));
         }
-        for_groups([&](Range pairs) {
-            if (given.value == nullptr || sliced) {
-                for_query_tasks(pairs, [&](std::int64_t pair, Range queries, Worker& worker) {
-                    const auto to = point_gradients(given, pair, queries.first);
-                    add_gradients(given, pair, pairs, queries, to, worker);
-                });
-            }
-            if (given.value == nullptr) {
-                return;
-            }
-            const std::int64_t slice = sliced ? kPointBlock : values_.width();
-            const std::int64_t num_slices = values_.width() / slice;
-            for_tasks((pairs.end - pairs.first) * num_slices, [&](std::int64_t i, Worker& worker) {
-                const std::int64_t pair = pairs.first + i / num_slices;
-                const std::int64_t first = i % num_slices * slice;
-                const Range part{first, std::min(params_.dim, first + slice)};
-                add_value_gradient(given, pair, pairs, part, in_place, worker);
+        if (!sliced) {
+            for_pairs([&](std::int64_t pair, const Values& values, Worker& worker) {
+                add_value_gradient(given, pair, values, {0, params_.dim}, in_place, worker);
             });
+            return;
+        }
+        const std::int64_t num_slices = values_.width() / kPointBlock;
+        for_tasks(num_pairs_ * num_slices, [&](std::int64_t i, Worker& worker) {
+            const std::int64_t first = i % num_slices * kPointBlock;
+            const Range part{first, std::min(params_.dim, first + kPointBlock)};
+            // Values are not read for these.
+            add_value_gradient(given, i / num_slices, {}, part, in_place, worker);
         });
     }
 
     void second(const DeformAttnSecond& second, const DeformAttnGradients& given) {
         fill_with_zeros(static_cast<Real*>(given.value));
-        for_groups([&](Range pairs) {
-            for_tasks(pairs.end - pairs.first, [&](std::int64_t i, Worker& worker) {
-                const std::int64_t pair = pairs.first + i;
-                for_queries([&](Range queries) {
-                    const std::int64_t q = queries.first;
-                    SampleGradients<Real> to = point_gradients(given, pair, q);
-                    to.value = value_gradient(given, pair, worker);
-                    kernels_.second(
-                        table_.points(),
-                        samples(pair, queries),
-                        values_.cells(pair, pairs),
-                        params_.dim,
-                        features(static_cast<const Real*>(given.upstream), pair, q),
-                        {cells_of(static_cast<const Real*>(second.by_value), pair),
-                         of_points(static_cast<const Real*>(second.by_locations), pair, q, n()),
-                         of_points(static_cast<const Real*>(second.by_weights), pair, q, 1),
-                         features(static_cast<Real*>(second.output), pair, q)},
-                        to,
-                        worker.scratch);
-                });
+        for_pairs([&](std::int64_t pair, const Values& values, Worker& worker) {
+            for_queries([&](Range queries) {
+                const std::int64_t q = queries.first;
+                SampleGradients<Real> to = point_gradients(given, pair, q);
+                to.value = value_gradient(given, pair, worker);
+                kernels_.second(
+                    table_.points(),
+                    samples(pair, queries),
+                    values,
+                    params_.dim,
+                    features(static_cast<const Real*>(given.upstream), pair, q),
+                    {cells_of(static_cast<const Real*>(second.by_value), pair),
+                     of_points(static_cast<const Real*>(second.by_locations), pair, q, n()),
+                     of_points(static_cast<const Real*>(second.by_weights), pair, q, 1),
+                     features(static_cast<Real*>(second.output), pair, q)},
+                    to,
+                    worker.scratch);
             });
         });
     }
 
   private:
+    using Values = Cells<const Real>;
+
     struct Worker {
         AlignedArray<double> scratch_memory;
-        AlignedArray<Real> outside, rows;
+        AlignedArray<Real> outside, rows, values;
         double* scratch = nullptr;
     };
     static constexpr auto kRealBytes = static_cast<std::int64_t>(sizeof(Real));
@@ -147,32 +150,39 @@ class DeformAttn {
         }
     }
 
-    // body(pair, range of queries, worker)
+    // body(pair, values, worker), each pair a task that packs its values: what it reads often is
+    // in the caches of its own core then.
     template <typename Body>
-    void for_query_tasks(Range pairs, Body body) {
-        const std::int64_t chunks = num_chunks(params_.num_queries, queries_per_task_);
-        for_tasks((pairs.end - pairs.first) * chunks, [&](std::int64_t task, Worker& worker) {
-            if (execution_.stop_requested()) {
-                return;
-            }
-            const std::int64_t q = task % chunks * queries_per_task_;
-            body(pairs.first + task / chunks,
-                 Range{q, std::min(params_.num_queries, q + queries_per_task_)},
-                 worker);
+    void for_pairs(Body body) {
+        for_tasks(params_.dim == 0 ? 0 : num_pairs_, [&](std::int64_t pair, Worker& worker) {
+            body(pair, values_.packed_for(pair, worker.values), worker);
         });
     }
 
-    // body(pairs) for all pairs at once, or for as many as are packed at a time.
+    // body(pair, range of queries, values, worker), until somebody asks for a stop. Pairs that
+    // threads cannot share out are packed by all of them, as many as fit at a time.
     template <typename Body>
-    void for_groups(Body body) {
-        if (num_pairs_ == 0 || params_.dim == 0) {
+    void for_query_ranges(Body body) {
+        const std::int64_t threads = execution_.num_threads();
+        if (values_.packs() && 7 * num_chunks(num_pairs_, threads) * threads <= 8 * num_pairs_) {
+            for_pairs([&](std::int64_t pair, const Values& values, Worker& worker) {
+                for_queries([&](Range queries) { body(pair, queries, values, worker); });
+            });
             return;
         }
         const std::int64_t group = values_.group(num_pairs_, execution_.num_threads());
-        for (std::int64_t first = 0; first < num_pairs_; first += group) {
+        const std::int64_t chunks = num_chunks(params_.num_queries, queries_per_task_);
+        for (std::int64_t first = 0; first < num_pairs_ && params_.dim > 0; first += group) {
             const Range pairs{first, std::min(num_pairs_, first + group)};
             values_.pack(pairs, execution_);
-            body(pairs);
+            for_tasks((pairs.end - pairs.first) * chunks, [&](std::int64_t task, Worker& worker) {
+                const std::int64_t pair = pairs.first + task / chunks;
+                const std::int64_t q = task % chunks * queries_per_task_;
+                const Range queries{q, std::min(params_.num_queries, q + queries_per_task_)};
+                if (!execution_.stop_requested()) {
+                    body(pair, queries, values_.cells(pair, pairs), worker);
+                }
+            });
         }
     }
 
@@ -233,13 +243,13 @@ class DeformAttn {
 
     void add_gradients(const DeformAttnGradients& given,
                        std::int64_t pair,
-                       Range packed,
+                       const Values& values,
                        Range queries,
                        const SampleGradients<Real>& to,
                        Worker& worker) {
         kernels_.gradients(table_.points(),
                            samples(pair, queries),
-                           values_.cells(pair, packed),
+                           values,
                            params_.dim,
                            features(static_cast<const Real*>(given.upstream), pair, queries.first),
                            to,
@@ -249,7 +259,7 @@ class DeformAttn {
     // By the values of a pair, of some features; by locations and weights too if these are all.
     void add_value_gradient(const DeformAttnGradients& given,
                             std::int64_t pair,
-                            Range packed,
+                            const Values& values,
                             Range part,
                             bool in_place,
                             Worker& worker) {
@@ -267,13 +277,13 @@ class DeformAttn {
             to.value = cells;
             to.first_feature = part.first;
             to.num_features = part.end - part.first;
-            add_gradients(given, pair, packed, queries, to, worker);
+            add_gradients(given, pair, values, queries, to, worker);
         });
         if (!in_place) {
             const Cells<Real> to = value_gradient(given, pair, worker);
-            for (std::int32_t s = 0; s < params_.num_cells; ++s) {
-                std::copy_n(cells.row(s), params_.dim, to.row(s));
-            }
+            kernels_.store(
+                cells.data, cells.stride, params_.num_cells, params_.dim, to.data, to.stride);
+            std::atomic_thread_fence(std::memory_order_seq_cst);
         }
     }
 

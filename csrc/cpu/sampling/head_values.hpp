@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "cpu/blocks.hpp"
 #include "cpu/sampling/kernels.hpp"
@@ -42,6 +41,10 @@ class HeadValues {
     std::int64_t width() const {
         return width_;
     }
+    // From one row to the next.
+    std::int64_t row_bytes() const {
+        return packs_ ? width_ * static_cast<std::int64_t>(sizeof(Real)) : stride();
+    }
     // What stands for cells outside.
     Real* outside() {
         return outside_.data();
@@ -55,45 +58,38 @@ class HeadValues {
                       : num_pairs;
     }
 
-    // Makes ready the values of a group. All pairs of a cell at a time, which lie side by side in
-    // memory.
+    // Makes ready the values of a group. All pairs of some cells at a time, which lie side by side
+    // in memory.
     void pack(Range pairs, Execution& execution) {
         if (!packs_) {
             return;
         }
-        const std::int64_t count = pairs.end - pairs.first;
-        packed_.make_room(count * pair_size());
-        std::vector<const char*> rows(static_cast<std::size_t>(count));
-        for (std::int64_t i = 0; i < count; ++i) {
-            rows[static_cast<std::size_t>(i)] = first_row(pairs.first + i);
-        }
-        const std::int64_t stride = params_.value_strides[1] * bytes_of(params_.dtype);
+        packed_.make_room((pairs.end - pairs.first) * pair_size());
         const std::int64_t num_tasks = num_chunks(params_.num_cells, kCellsPerTask);
         execution.parallel_for(num_tasks, [&](std::int64_t task, int) {
             const std::int64_t end = std::min(params_.num_cells, (task + 1) * kCellsPerTask);
-            for (std::int64_t s = task * kCellsPerTask; s < end; ++s) {
-                for (std::int64_t i = 0; i < count; ++i) {
-                    const char* row = rows[static_cast<std::size_t>(i)] + s * stride;
-                    Real* to = packed_.data() + i * pair_size() + s * width_;
-                    if (params_.dtype == kDtype) {
-                        std::copy_n(reinterpret_cast<const Real*>(row), params_.dim, to);
-                    } else {
-                        kernels_.load(row, params_.dtype, params_.dim, to);
-                    }
-                }
+            for (std::int64_t p = pairs.first; p < pairs.end; ++p) {
+                pack_cells(p,
+                           {task * kCellsPerTask, end},
+                           packed_.data() + (p - pairs.first) * pair_size());
             }
         });
     }
 
     // Of a pair in the group that was made ready last.
     Cells<const Real> cells(std::int64_t pair, Range group) {
-        if (packs_) {
-            const Real* first = packed_.data() + (pair - group.first) * pair_size();
-            return {first, width_, outside_.data()};
+        return packs_ ? packed_cells(packed_.data() + (pair - group.first) * pair_size())
+                      : cells_of(pair);
+    }
+
+    // Of one pair, in memory of the thread that asks.
+    Cells<const Real> packed_for(std::int64_t pair, AlignedArray<Real>& memory) {
+        if (!packs_) {
+            return cells_of(pair);
         }
-        return {reinterpret_cast<const Real*>(first_row(pair)),
-                params_.value_strides[1],
-                outside_.data()};
+        memory.make_room(pair_size());
+        pack_cells(pair, {0, params_.num_cells}, memory.data());
+        return packed_cells(memory.data());
     }
 
   private:
@@ -104,6 +100,27 @@ class HeadValues {
     // Rows of values are read so often before packing them pays.
     static constexpr std::int64_t kLeastReads = 4;
 
+    void pack_cells(std::int64_t pair, Range cells, Real* packed) const {
+        kernels_.load(first_row(pair) + cells.first * stride(),
+                      params_.dtype,
+                      stride(),
+                      cells.end - cells.first,
+                      params_.dim,
+                      packed + cells.first * width_,
+                      width_);
+    }
+    Cells<const Real> packed_cells(const Real* first) {
+        return {first, width_, outside_.data()};
+    }
+    Cells<const Real> cells_of(std::int64_t pair) {
+        return {reinterpret_cast<const Real*>(first_row(pair)),
+                params_.value_strides[1],
+                outside_.data()};
+    }
+
+    std::int64_t stride() const {
+        return params_.value_strides[1] * bytes_of(params_.dtype);
+    }
     std::int64_t pair_size() const {
         return params_.num_cells * width_;
     }

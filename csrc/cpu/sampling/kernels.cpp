@@ -2,33 +2,11 @@
 // Compiled once per instruction set.
 #include "cpu/sampling/kernels.hpp"
 
+#include "cpu/sampling/copies.hpp"
 #include "cpu/sampling/sample.hpp"
-#include "cpu/simd/elements.hpp"
 
 namespace pyfeat::PYFEAT_ISA_NAMESPACE {
 namespace {
-
-template <typename Element, typename Real>
-void load_as(const void* row, std::int64_t dim, Real* values) {
-    const auto* elements = static_cast<const Element*>(row);
-    for (std::int64_t d = 0; d < dim; ++d) {
-        values[d] = static_cast<Real>(static_cast<double>(elements[d]));
-    }
-}
-
-template <typename Real>
-void load_row(const void* row, Dtype dtype, std::int64_t dim, Real* values) {
-    switch (dtype) {
-        case Dtype::kFloat32:
-            return load_as<Float32>(row, dim, values);
-        case Dtype::kFloat64:
-            return load_as<Float64>(row, dim, values);
-        case Dtype::kFloat16:
-            return load_as<Float16>(row, dim, values);
-        case Dtype::kBfloat16:
-            return load_as<Bfloat16>(row, dim, values);
-    }
-}
 
 // use(n, whether sampling is discrete), both constants.
 template <typename Use>
@@ -92,7 +70,11 @@ void sample_second(const PointTable<Real>& points,
 
 template <typename Real>
 constexpr SamplingKernels<Real> kernels_of() {
-    return {load_row<Real>, gather_points<Real>, sample_gradients<Real>, sample_second<Real>};
+    return {load_rows<Real>,
+            store_rows<Real>,
+            gather_points<Real>,
+            sample_gradients<Real>,
+            sample_second<Real>};
 }
 
 }  // namespace

@@ -19,7 +19,9 @@ struct PointTable {
     int num_dims;
     std::int64_t num_points;  // T
     std::int64_t num_slots;   // T filled up
-    std::int64_t num_far;     // the points from the first to the last of a level that fills caches
+    // The points from the first to the last of a level that fills much of the second-level cache,
+    // and of one that it holds little of.
+    std::int64_t num_far, num_distant;
     // u = location * factor - shift
     const Real* factors[kMaxDims];  // [slots]
     Real shift;
@@ -86,8 +88,22 @@ struct SecondOrder {
 
 template <typename Real>
 struct SamplingKernels {
-    // row[d] as Real, of any dtype.
-    void (*load)(const void* row, Dtype dtype, std::int64_t dim, Real* values);
+    // values[r * width + d] = rows[r][d] of any dtype, rows being `stride` bytes apart.
+    void (*load)(const void* rows,
+                 Dtype dtype,
+                 std::int64_t stride,
+                 std::int64_t num_rows,
+                 std::int64_t dim,
+                 Real* values,
+                 std::int64_t width);
+
+    // to[r * stride + d] = values[r * width + d]; visible to other threads after a fence.
+    void (*store)(const Real* values,
+                  std::int64_t width,
+                  std::int64_t num_rows,
+                  std::int64_t dim,
+                  Real* to,
+                  std::int64_t stride);
 
     // output[q] = sum over the points of weight * interpolated value
     void (*gather)(const PointTable<Real>& points,

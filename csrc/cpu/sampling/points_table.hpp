@@ -2,10 +2,12 @@
 // What is the same for the points of every query and head, one slot for each.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "check.hpp"
+#include "cpu/isa.hpp"
 #include "cpu/sampling/kernels.hpp"
 #include "params.hpp"
 
@@ -53,6 +55,7 @@ class FilledPointTable {
             if (cells * row_bytes >= kFarBytes) {
                 table_.num_far = slot;
             }
+            levels_.push_back({cells, slot});
         }
         table_.num_dims = n;
         table_.num_points = num_points;
@@ -71,6 +74,15 @@ class FilledPointTable {
     FilledPointTable(const FilledPointTable&) = delete;
     FilledPointTable& operator=(const FilledPointTable&) = delete;
 
+    // Rows of values lie so many bytes apart.
+    void space_rows(std::int64_t num_bytes) {
+        table_.num_distant = 0;
+        for (const Level& level : levels_) {
+            if (level.num_cells * num_bytes >= 2 * second_level_cache_bytes()) {
+                table_.num_distant = std::min(level.end, table_.num_far);
+            }
+        }
+    }
     const PointTable<Real>& points() const {
         return table_;
     }
@@ -79,6 +91,11 @@ class FilledPointTable {
     // Of one head's values of a level: more than a first-level cache and a good part of the second.
     static constexpr std::int64_t kFarBytes = 128 << 10;
 
+    struct Level {
+        std::int64_t num_cells, end;  // of its points
+    };
+
+    std::vector<Level> levels_;
     std::vector<Real> factors_;                    // [n, slots]
     std::vector<std::int32_t> extents_, strides_;  // [n, slots]
     std::vector<std::int32_t> starts_;             // [slots]

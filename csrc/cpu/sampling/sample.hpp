@@ -64,11 +64,16 @@ class Corners {
 // What a query reads lies far from what the one before it read, and is asked for ahead.
 constexpr std::int64_t kQueriesAhead = 6;
 
-template <typename T>
-inline void ask_for(const T* data, std::int64_t count) {
+// Inlined: compilers leave out the call of a function that computes nothing.
+template <bool kSecondLevel = false, typename T>
+PYFEAT_INLINE inline void ask_for(const T* data, std::int64_t count) {
     constexpr auto kLine = static_cast<std::int64_t>(64 / sizeof(T));
     for (std::int64_t i = 0; i < count; i += kLine) {
-        PYFEAT_PREFETCH(data + i);
+        if constexpr (kSecondLevel) {
+            PYFEAT_PREFETCH_SECOND_LEVEL(data + i);
+        } else {
+            PYFEAT_PREFETCH(data + i);
+        }
     }
 }
 
@@ -125,15 +130,39 @@ inline void one_ahead(std::int64_t num_queries,
     }
 }
 
-// Of the corners of points that lie far.
+// Of the corners of points that lie far, if rows come from beyond the second-level cache: what is
+// there costs half as much as the row. They are asked for in that cache, as the first has room for
+// few requests at a time, which would be open for long.
 template <typename Real>
-inline void ask_for_rows(const CornerCounts& counts,
-                         std::int64_t num_far,
-                         const Real* const* rows,
-                         std::int64_t dim) {
-    for (int e = 0; e < counts.corners; ++e) {
-        for (std::int64_t t = 0; t < num_far; ++t) {
-            ask_for(rows[e * counts.slots + t], dim);
+PYFEAT_INLINE inline void ask_for_rows(const CornerCounts& counts,
+                                       const pyfeat::PointTable<Real>& table,
+                                       const Real* const* rows,
+                                       std::int64_t dim) {
+    if (table.num_distant == 0) {
+        return;
+    }
+    constexpr auto kLine = static_cast<std::int64_t>(64 / sizeof(Real));
+    const auto ask = [&](auto lines) PYFEAT_INLINE {
+        for (int e = 0; e < counts.corners; ++e) {
+            const Real* const* of_corner = rows + e * counts.slots;
+            for (std::int64_t t = 0; t < table.num_far; ++t) {
+                for (int i = 0; i < lines(); ++i) {
+                    PYFEAT_PREFETCH_SECOND_LEVEL(of_corner[t] + i * kLine);
+                }
+            }
+        }
+    };
+    if (dim == 2 * kLine) {
+        ask(std::integral_constant<int, 2>{});
+    } else if (dim <= kLine) {
+        ask(std::integral_constant<int, 1>{});
+    } else if (dim == 4 * kLine) {
+        ask(std::integral_constant<int, 4>{});
+    } else {
+        for (int e = 0; e < counts.corners; ++e) {
+            for (std::int64_t t = 0; t < table.num_far; ++t) {
+                ask_for<true>(rows[e * counts.slots + t], dim);
+            }
         }
     }
 }
@@ -151,7 +180,7 @@ void gather(const pyfeat::PointTable<Real>& table,
     const auto place = [&](std::int64_t q, Query& query) {
         locate(samples, q, query.points);
         query.corners.find_rows(values, query.rows);
-        ask_for_rows(query.corners.counts(), table.num_far, query.rows, dim);
+        ask_for_rows(query.corners.counts(), table, query.rows, dim);
         query.corners.fill_factors(
             [&](int e, std::int64_t t) { return query.points.weight(e, t); });
     };
@@ -251,11 +280,11 @@ void gradients(const pyfeat::PointTable<Real>& table,
         }
         if (by_points) {
             query.corners.find_rows(values, query.rows);
-            ask_for_rows(query.corners.counts(), table.num_far, query.rows, dim);
+            ask_for_rows(query.corners.counts(), table, query.rows, dim);
         }
         if (by_values) {
             query.corners.find_rows(gradients.value, query.grad_rows);
-            ask_for_rows(query.corners.counts(), table.num_far, query.grad_rows, dim);
+            ask_for_rows(query.corners.counts(), table, query.grad_rows, dim);
         }
     };
     one_ahead(samples.num_queries, even, odd, place, [&](std::int64_t q, Query& query) {

@@ -24,8 +24,10 @@
 
 #if defined(__GNUC__)
 #define PYFEAT_PREFETCH(address) __builtin_prefetch(address)
+#define PYFEAT_PREFETCH_SECOND_LEVEL(address) __builtin_prefetch(address, 0, 2)
 #else
 #define PYFEAT_PREFETCH(address) static_cast<void>(address)
+#define PYFEAT_PREFETCH_SECOND_LEVEL(address) static_cast<void>(address)
 #endif
 
 // Before a loop whose steps do not read what others write.
